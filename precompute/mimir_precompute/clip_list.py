@@ -1,0 +1,387 @@
+"""The user's clips and captions, from every form in which they may come. Nothing is decoded here."""
+
+import csv
+import glob
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mimir_shared.errors import InputError
+
+VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".gif")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_KEY_COLUMNS = ("key", "id")
+_SHOWN_PROBLEMS = 10
+
+
+@dataclass(kw_only=True)
+class ClipList:
+    """Clips as columns of equal length; `extra` holds the user's further columns."""
+
+    root: Path
+    """Folder that relative sources are read from."""
+    keys: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    """Path relative to root; for a member of a tar, "file.tar::member"."""
+    captions: list[str] = field(default_factory=list)
+    source_bytes: list[int | None] = field(default_factory=list)
+    """None where the file is missing."""
+    source_offsets: list[int | None] = field(default_factory=list)
+    """Of a member's bytes in its tar."""
+    starts_s: list[float | None] = field(default_factory=list)
+    ends_s: list[float | None] = field(default_factory=list)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _Problems:
+    """Collects what is wrong with the input, so that one error lists it all."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._found: list[str] = []
+
+    def add(self, what: str) -> None:
+        self._found.append(what)
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            shown = "; ".join(self._found[:_SHOWN_PROBLEMS])
+            more = len(self._found) - _SHOWN_PROBLEMS
+            rest = f"; and {more} more" if more > 0 else ""
+            count = "1 problem" if len(self._found) == 1 else f"{len(self._found)} problems"
+            raise InputError(f"{self._where}: {count}: {shown}{rest}; mend the input and run it again")
+
+
+def read_clip_list(
+    location: str, *, video_key: str = "file_name", caption_key: str = "text", limit: int | None = None
+) -> ClipList:
+    """List the clips at `location`.
+
+    Args:
+        location: a JSONL, CSV or Parquet file; a folder with metadata.jsonl, .csv or .parquet, or with a
+            .txt beside each video; WebDataset tars: one file, a folder of them, or a glob pattern.
+        limit: take the first so many.
+    Raises: InputError that lists duplicate keys, missing captions, bad encodings and unreadable lines.
+    """
+    path = Path(location)
+    tars = sorted(glob.glob(location)) if location.endswith(".tar") else []
+    if path.is_dir():
+        metadata = [path / name for name in METADATA_NAMES if (path / name).is_file()]
+        if len(metadata) > 1:
+            raise InputError(f"{path}: {len(metadata)} metadata files, expected one; name the file instead of the folder")
+        tars = [] if metadata else sorted(str(entry) for entry in path.glob("*.tar"))
+        if metadata:
+            clips = _read_table(metadata[0], video_key, caption_key, limit)
+        elif tars:
+            clips = _read_tars(tars, limit)
+        else:
+            clips = _read_folder(path, limit)
+    elif tars:
+        clips = _read_tars(tars, limit)
+    elif path.is_file():
+        clips = _read_table(path, video_key, caption_key, limit)
+    else:
+        raise InputError(f"{location}: no such file or folder; expected clips as a metadata file, a folder or tars")
+    if not len(clips):
+        raise InputError(f"{location}: no clip found; see `mimir-precompute plan --help` for the forms that are read")
+    _check_keys(clips, location)
+    if all(size is None for size in clips.source_bytes):
+        raise InputError(
+            f"{location}: none of the {len(clips)} files that it names exists below {clips.root}, for instance "
+            f"{clips.sources[0]}; paths are relative to the metadata file"
+        )
+    return clips
+
+
+def _check_keys(clips: ClipList, where: str) -> None:
+    seen: dict[str, int] = {}
+    for key in clips.keys:
+        seen[key] = seen.get(key, 0) + 1
+    problems = _Problems(where)
+    for key, count in seen.items():
+        if count > 1:
+            problems.add(f"duplicate key {key!r} ({count} times)")
+    problems.raise_if_any()
+
+
+def _caption_problem(caption: object) -> str | None:
+    """Say what is wrong with a caption; None where it can be used."""
+    if caption is None:
+        return "no caption"
+    if not isinstance(caption, str):
+        return f"the caption is {type(caption).__name__}, expected text"
+    if not caption.strip():
+        return "empty caption"
+    try:
+        caption.encode()
+    except UnicodeEncodeError as fault:
+        return f"caption not UTF-8 (lone surrogate at character {fault.start})"
+    return None
+
+
+def _seconds(value: object, name: str) -> float | None:
+    if value is None or value == "" or value != value:  # NaN: how data frames write a missing number
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{name} is {value!r}, expected seconds")
+    seconds = float(value)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{name} is {value!r}, expected seconds from 0")
+    return seconds
+
+
+def _read_table(path: Path, video_key: str, caption_key: str, limit: int | None) -> ClipList:
+    readers: dict[str, Callable[[Path, _Problems], Iterator[tuple[str, dict[str, Any]]]]] = {
+        ".jsonl": _jsonl_rows,
+        ".ndjson": _jsonl_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: cannot be read as a list of clips; expected .jsonl, .csv or .parquet, or tars")
+    problems = _Problems(str(path))
+    clips = ClipList(root=path.parent.absolute())
+    for where, row in readers[path.suffix.lower()](path, problems):
+        if limit is not None and len(clips) >= limit:
+            break
+        _add_row(clips, row, where, video_key, caption_key, problems)
+    problems.raise_if_any()
+    return clips
+
+
+def _add_row(
+    clips: ClipList, row: dict[str, Any], where: str, video_key: str, caption_key: str, problems: _Problems
+) -> None:
+    source = row.get(video_key)
+    caption = row.get(caption_key)
+    wrong = _caption_problem(caption)
+    if not isinstance(source, str) or not source:
+        wrong = f"no {video_key!r} (has {', '.join(sorted(map(str, row))) or 'nothing'}; see --video-key)"
+    elif "\0" in source:
+        wrong = f"{video_key!r} holds a NUL character"
+    elif "://" in source:
+        wrong = f"{source!r}: addresses are not read, only files"
+    elif caption is None and caption_key not in row:
+        wrong = f"no {caption_key!r} (see --caption-key)"
+    try:
+        start_s, end_s = _seconds(row.get("start_s"), "start_s"), _seconds(row.get("end_s"), "end_s")
+        if end_s is not None and end_s <= (start_s or 0.0):
+            wrong = wrong or f"end_s {end_s} is not after start_s {start_s or 0.0}"
+    except ValueError as fault:
+        start_s = end_s = None
+        wrong = wrong or str(fault)
+    if wrong is not None:
+        problems.add(f"{where}: {wrong}")
+        return
+    assert isinstance(source, str) and isinstance(caption, str), where
+    key_column = next((name for name in _KEY_COLUMNS if row.get(name) not in (None, "")), None)
+    trim = "" if start_s is None and end_s is None else f"#{start_s or 0:g}-{'' if end_s is None else format(end_s, 'g')}"
+    clips.keys.append(f"{source}{trim}" if key_column is None else str(row[key_column]))
+    clips.sources.append(source)
+    clips.captions.append(caption)
+    clips.source_bytes.append(_file_bytes(clips.root / source))
+    clips.source_offsets.append(None)
+    clips.starts_s.append(start_s)
+    clips.ends_s.append(end_s)
+    own = {video_key, caption_key, "start_s", "end_s", key_column}
+    _add_extra(clips, {name: value for name, value in row.items() if name not in own})
+
+
+def _add_extra(clips: ClipList, values: dict[str, Any]) -> None:
+    """Add the last clip's further columns; a column that it lacks holds None."""
+    for name in values:
+        clips.extra.setdefault(name, [None] * (len(clips) - 1))
+    for name, column in clips.extra.items():
+        column.append(values.get(name))
+
+
+def _file_bytes(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None  # whatever is wrong with it is found out, and told, when it is read
+
+
+def _jsonl_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as fault:
+                problems.add(f"{where}: not UTF-8 (byte 0x{line[fault.start]:02x} at {fault.start})")
+                continue
+            except (ValueError, RecursionError) as fault:
+                problems.add(f"{where}: not JSON ({fault})")
+                continue
+            if isinstance(row, dict):
+                yield where, row
+            else:
+                problems.add(f"{where}: {type(row).__name__}, expected an object")
+
+
+def _csv_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        line = data.count(b"\n", 0, fault.start) + 1
+        problems.add(f"line {line}: not UTF-8 (byte 0x{data[fault.start]:02x})")
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for row in reader:
+        where = f"line {reader.line_num}"
+        if None in row:
+            problems.add(f"{where}: more fields than the header has")
+        else:
+            # an empty field of a CSV is a missing value: no caption, no trim
+            yield where, {name: value if value != "" else None for name, value in row.items()}
+
+
+def _parquet_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        file = pq.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                yield f"row {number}", row
+                number += 1
+    except (pa.ArrowException, UnicodeDecodeError) as fault:
+        problems.add(f"not readable as Parquet ({str(fault).splitlines()[0]})")
+
+
+def _decode_text(data: bytes, where: str, problems: _Problems) -> str | None:
+    try:
+        caption = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as fault:
+        problems.add(f"{where}: not UTF-8 (byte 0x{data[fault.start]:02x} at {fault.start})")
+        return None
+    wrong = _caption_problem(caption)
+    if wrong is not None:
+        problems.add(f"{where}: {wrong}")
+        return None
+    return caption
+
+
+def _read_folder(path: Path, limit: int | None) -> ClipList:
+    """Videos and images, each with a .txt of the same name beside it."""
+    problems = _Problems(str(path))
+    clips = ClipList(root=path.absolute())
+    endings = VIDEO_ENDINGS + IMAGE_ENDINGS
+    for file in sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in endings):
+        if limit is not None and len(clips) >= limit:
+            break
+        source = file.relative_to(path).as_posix()
+        text = file.with_suffix(".txt")
+        if not text.is_file():
+            problems.add(f"{source}: no caption beside it (expected {text.name}), nor a metadata file in the folder")
+            continue
+        caption = _decode_text(text.read_bytes(), text.name, problems)
+        if caption is not None:
+            _add_clip(clips, source, source, caption, _file_bytes(file), None)
+    problems.raise_if_any()
+    return clips
+
+
+def _add_clip(
+    clips: ClipList, key: str, source: str, caption: str, source_bytes: int | None, offset: int | None
+) -> None:
+    clips.keys.append(key)
+    clips.sources.append(source)
+    clips.captions.append(caption)
+    clips.source_bytes.append(source_bytes)
+    clips.source_offsets.append(offset)
+    clips.starts_s.append(None)
+    clips.ends_s.append(None)
+
+
+def _read_tars(paths: Iterable[str], limit: int | None) -> ClipList:
+    """WebDataset samples: a video or image member, and its caption as .txt or as `text`/`caption` in .json."""
+    names = [Path(path) for path in paths]
+    root = names[0].parent.absolute()
+    clips = ClipList(root=root)
+    problems = _Problems(", ".join(path.name for path in names[:3]) + (", …" if len(names) > 3 else ""))
+    for path in names:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for stem, members in _tar_samples(tar):
+                    if limit is not None and len(clips) >= limit:
+                        return clips
+                    _add_tar_sample(clips, tar, path.name, stem, members, problems)
+        except (tarfile.TarError, OSError, EOFError) as fault:
+            problems.add(f"{path.name}: not a readable, uncompressed tar ({fault})")
+    problems.raise_if_any()
+    return clips
+
+
+def _tar_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Members grouped as webdataset does: by the name up to the first dot of its last part, when adjacent."""
+    stem, members = "", dict[str, tarfile.TarInfo]()
+    for entry in tar:
+        if not entry.isfile():
+            continue
+        folder, _, base = entry.name.rpartition("/")
+        first, _, ending = base.partition(".")
+        name = f"{folder}/{first}" if folder else first
+        if name != stem and members:
+            yield stem, members
+            members = {}
+        stem = name
+        members["." + ending.lower()] = entry
+    if members:
+        yield stem, members
+
+
+def _add_tar_sample(
+    clips: ClipList,
+    tar: tarfile.TarFile,
+    tar_name: str,
+    stem: str,
+    members: dict[str, tarfile.TarInfo],
+    problems: _Problems,
+) -> None:
+    where = f"{tar_name}::{stem}"
+    media = [entry for ending, entry in members.items() if ending.endswith(VIDEO_ENDINGS + IMAGE_ENDINGS)]
+    if len(media) != 1:
+        problems.add(f"{where}: {len(media)} videos or images, expected one (has {', '.join(sorted(members))})")
+        return
+    caption = None
+    if ".txt" in members:
+        caption = _decode_text(_member_bytes(tar, members[".txt"]), f"{where}.txt", problems)
+    elif ".json" in members:
+        try:
+            document = json.loads(_member_bytes(tar, members[".json"]))
+            text = document.get("text", document.get("caption"))
+        except (ValueError, AttributeError, RecursionError) as fault:
+            problems.add(f"{where}.json: not a JSON object ({fault})")
+            return
+        wrong = _caption_problem(text)
+        if wrong is None:
+            caption = text
+        else:
+            problems.add(f"{where}.json: {wrong}")
+    else:
+        problems.add(f"{where}: no caption (expected .txt, or .json with text or caption)")
+    if caption is not None:
+        source = f"{tar_name}::{media[0].name}"
+        _add_clip(clips, stem, source, caption, media[0].size, media[0].offset_data)
+
+
+def _member_bytes(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(entry)
+    assert file is not None, f"{entry.name} is a plain file"
+    return file.read()

@@ -1,0 +1,204 @@
+"""One source clip → the pixels of its bucket: (F, H, W, 3) uint8 RGB, frames picked by time stamp.
+
+Videos: mp4/mov, matroska/webm and AVI, through FFmpeg. Images (PNG, JPEG, WebP): clips of one frame.
+Safe to call from many threads; each call decodes with one thread of its own. What a clip's own fault is raises
+ClipRejected (quarantine), what is the machine's raises MachineError (stop).
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from mimir_precompute.clip_source import IMAGE_FORMATS, SourceFile, SourceFormat, hash_file, open_source, recognise
+from mimir_precompute.config import Bucket, Geometry
+from mimir_precompute.frames import FrameCutter, Pixels, Span, Window, exact, shown_at
+from mimir_precompute.image_file import decode_image
+from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.video_file import Video, open_video
+
+_WHOLE_CLIP_S = 10
+"""A clip up to this long is decoded to its end, so that damage anywhere in it is found (if the decoder finds it at
+all); of a longer one only what is needed is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPixels:
+    """What the VAE is given of one clip."""
+
+    pixels: Pixels
+    """(F, H, W, 3) uint8 RGB, of the size of `bucket`."""
+    bucket: Bucket
+    source_xxh3: int
+    """xxh3-64 of the source's bytes, unsigned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipInfo:
+    """What the headers and the first frame say of a clip; only decoding it proves its length."""
+
+    frames: int | None
+    """By the header; None if it does not say. 1 for images."""
+    width: int
+    """As shown: after rotation, in square pixels."""
+    height: int
+    end_s: float | None
+    """End of the last frame after the begin of the first, by the header; None if it does not say, and for images."""
+    codec: str
+    is_image: bool
+
+
+def num_frames_at(duration_s: float, fps: float) -> int:
+    """How many frames picked at `fps` a clip of this duration gives: at 0, 1/fps, … up to its end."""
+    span = Span(begin_s=Fraction(0), end_s=exact(duration_s), item=None)
+    limit = int(duration_s * fps) + 2
+    return len(list(shown_at([span], [index / exact(fps) for index in range(limit)])))
+
+
+def choose_bucket(num_frames: int, *, width: int, height: int, geometry: Geometry) -> Bucket | None:
+    """The bucket that a clip fills: most frames, then least cropped, then most pixels; None if it fills none.
+
+    Args:
+        num_frames: what the clip gives at the geometry's fps (num_frames_at).
+        width, height: as shown, in any unit.
+    """
+
+    def merit(bucket: Bucket) -> tuple[int, Fraction, int, int]:
+        relative = Fraction(width * bucket.height, height * bucket.width)
+        kept = min(relative, 1 / relative)
+        return bucket.frames, kept, bucket.height * bucket.width, bucket.height
+
+    return max((bucket for bucket in geometry.buckets if bucket.frames <= num_frames), key=merit, default=None)
+
+
+def read_clip(
+    source: bytes | Path,
+    *,
+    geometry: Geometry,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    bucket: Bucket | None = None,
+) -> ClipPixels:
+    """Decode, pick, resize and crop one clip.
+
+    Frame i is the one shown at start + i/fps, counted from the first shown frame of the video stream. The bucket
+    depends on the decoded frames alone; headers only say what to try first. A clip that cannot be decoded to its end
+    is rejected, never used up to the damage; but of clips above ten seconds no more is decoded than fills the bucket
+    and shows that no longer one is filled.
+
+    Args:
+        start_s, end_s: the part of the video that is the clip; images have no time and ignore them.
+        bucket: the one to fill; without it the best of the geometry's.
+    Raises: ClipRejected, MachineError.
+    """
+    wanted = geometry if bucket is None else Geometry(buckets=(bucket,), fps=geometry.fps)
+    with open_source(source) as file:
+        source_xxh3 = hash_file(file)
+        source_format = recognise(file)
+        if source_format in IMAGE_FORMATS:
+            pixels, chosen = _read_image(file, wanted)
+        else:
+            window = Window.of(start_s, end_s)
+            pixels, chosen = _read_video(file, source_format, wanted, window)
+        return ClipPixels(pixels=pixels, bucket=chosen, source_xxh3=source_xxh3)
+
+
+def probe_clip(source: bytes | Path) -> ClipInfo:
+    """Headers and the first frame of a clip, which is decoded. Raises: ClipRejected, MachineError."""
+    with open_source(source) as file:
+        source_format = recognise(file)
+        if source_format in IMAGE_FORMATS:
+            rgb, orientation = decode_image(file.read())
+            height, width = orientation.apply(rgb).shape[:2]
+            return ClipInfo(frames=1, width=width, height=height, end_s=None, codec=source_format, is_image=True)
+        with open_video(file, source_format) as video:
+            width, height = video.shown_size()
+            return ClipInfo(
+                frames=video.header_frames,
+                width=width,
+                height=height,
+                end_s=None if video.header_end_s is None else float(video.header_end_s),
+                codec=video.codec,
+                is_image=False,
+            )
+
+
+def _read_image(file: SourceFile, geometry: Geometry) -> tuple[Pixels, Bucket]:
+    rgb, orientation = decode_image(file.read())
+    height, width = orientation.apply(rgb).shape[:2]
+    chosen = choose_bucket(1, width=width, height=height, geometry=geometry)
+    if chosen is None:
+        raise ClipRejected("geometry", "too_short", "a still image, and no bucket takes one frame")
+    cutter = FrameCutter(bucket=chosen, orientation=orientation, sample_aspect=Fraction(1))
+    frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+    return np.ascontiguousarray(cutter.cut(frame)[np.newaxis]), chosen
+
+
+def _read_video(
+    file: SourceFile, source_format: SourceFormat, geometry: Geometry, window: Window
+) -> tuple[Pixels, Bucket]:
+    longest = max(bucket.frames for bucket in geometry.buckets)
+    with open_video(file, source_format) as video:
+        width, height = video.shown_size()
+        target = _first_guess(video, geometry, window)
+        pixels, num_frames = _decode_clip(video, target, window, geometry.fps, longest)
+    chosen = choose_bucket(num_frames, width=width, height=height, geometry=geometry)
+    if chosen is None:
+        shortest = min(bucket.frames for bucket in geometry.buckets)
+        part = "" if window.start_s == 0 and window.end_s is None else " in the part that was asked for"
+        raise ClipRejected(
+            "geometry",
+            "too_short",
+            f"gives {num_frames} frames at {geometry.fps:g} fps{part}; the shortest bucket takes {shortest}",
+        )
+    if chosen != target:
+        # the header misled: now the length is known
+        with open_video(file, source_format) as video:
+            pixels, num_frames = _decode_clip(video, chosen, window, geometry.fps, chosen.frames)
+        assert num_frames == chosen.frames, f"{num_frames} frames at the second pass, {chosen} before"
+    return pixels, chosen
+
+
+def _first_guess(video: Video, geometry: Geometry, window: Window) -> Bucket:
+    """The bucket to try, by the header; a wrong guess costs a second pass and changes nothing else."""
+    longest = max(bucket.frames for bucket in geometry.buckets)
+    num_frames = longest
+    if video.header_end_s is not None:
+        spans = window.cut([Span(begin_s=Fraction(0), end_s=video.header_end_s, item=None)])
+        num_frames = len(list(shown_at(spans, window.instants_s(geometry.fps, longest))))
+    shortest = min(bucket.frames for bucket in geometry.buckets)
+    width, height = video.shown_size()
+    guess = choose_bucket(max(num_frames, shortest), width=width, height=height, geometry=geometry)
+    assert guess is not None, "the shortest bucket takes as many frames as the shortest bucket"
+    return guess
+
+
+def _decode_clip(video: Video, target: Bucket, window: Window, fps: float, longest: int) -> tuple[Pixels, int]:
+    """Fill the target, and count on to `longest`: (pixels, number of frames that the clip gives up to there).
+
+    The pixels are whole only if the number is at least the target's.
+    """
+    cutter = FrameCutter(bucket=target, orientation=video.orientation, sample_aspect=video.sample_aspect)
+    pixels = np.empty((target.frames, target.height, target.width, 3), np.uint8)  # (F, H, W, 3)
+    num_frames = 0
+    last: av.VideoFrame | None = None
+    spans = window.cut(video.spans(window.start_s))
+    for frame in shown_at(spans, window.instants_s(fps, longest)):
+        if num_frames < target.frames:
+            if frame is last:
+                pixels[num_frames] = pixels[num_frames - 1]
+            else:
+                pixels[num_frames] = cutter.cut(frame)
+        last = frame
+        num_frames += 1
+    if _is_short(video, window):
+        for _ in spans:
+            pass
+    return pixels, num_frames
+
+
+def _is_short(video: Video, window: Window) -> bool:
+    ends_s = [end_s for end_s in (video.header_end_s, window.end_s) if end_s is not None]
+    return bool(ends_s) and min(ends_s) - window.start_s <= _WHOLE_CLIP_S

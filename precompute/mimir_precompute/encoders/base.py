@@ -1,0 +1,55 @@
+"""What the pipeline asks of an encoder. No torch here: arrays go in and come out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mimir_shared.features import FeatureTensor
+
+JsonValue = Any
+"""What `json` reads and writes; the library gives it no type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInput:
+    """One clip as an encoder sees it. Only what the feature needs is filled in."""
+
+    key: str
+    caption: str
+    clip_pixels: np.ndarray | None = None
+    """(F, H, W, 3) uint8, RGB; for `latents`."""
+    answers: Mapping[str, JsonValue] | None = None
+    """The document of the feature `answers`; for `llm`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """The feature of one clip: tensors for `.safetensors`, text for `.json`."""
+
+    tensors: Mapping[str, FeatureTensor] = field(default_factory=dict)
+    document: Mapping[str, JsonValue] = field(default_factory=dict)
+    """Added to the sample's `.json` beside key and caption."""
+    valid_rows: Mapping[str, int] = field(default_factory=dict)
+    """For tensors with pad rows at their end: how many leading rows are real (for the statistics)."""
+
+
+class Encoder(Protocol):
+    """A frozen model that turns clips into one feature. Holds its model; `close` lets it go."""
+
+    def encode(self, batch: Sequence[EncoderInput]) -> list[Encoded]:
+        """Encode clips of one bucket, in order. Deterministic for equal batches."""
+        ...
+
+    def encode_empty(self, answers: Mapping[str, JsonValue] | None) -> Encoded | None:
+        """The feature of the empty prompt; None for a feature that has no prompt.
+
+        Args:
+            answers: for `llm`, the document that `answers` gave for the empty prompt.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...

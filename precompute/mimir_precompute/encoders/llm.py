@@ -1,0 +1,151 @@
+"""Feature `llm`: the LLM's hidden states over each prompt and the answer that `answers` recorded for it.
+
+One teacher-forced pass per prompt; rows of the last layer, after the final norm; the template's tokens are dropped
+by their positions. Batches are padded on the right and the model is causal, so neither padding nor batch mates change
+a row beyond the last bits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimir_precompute.config import Instruction, LlmSettings
+from mimir_precompute.encoders.arrays import free_memory, to_feature
+from mimir_precompute.encoders.base import Encoded, EncoderInput, JsonValue
+from mimir_precompute.encoders.causal_lm import load_causal_lm, load_tokenizer
+from mimir_precompute.encoders.prompts import CaptionTokens, PromptBuilder
+from mimir_precompute.model_files import ResolvedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """One sequence of a clip that goes through the model, and which of its rows are kept."""
+
+    clip: int
+    variant: int
+    instruction: int | None
+    """None: the prompt is the caption alone."""
+    token_ids: list[int]
+    """Prompt, then answer."""
+    prompt_length: int
+
+
+class LlmEncoder:
+    """The frozen LLM without its output head."""
+
+    def __init__(
+        self, model: ResolvedModel, settings: LlmSettings, instructions: Sequence[Instruction], device: str
+    ) -> None:
+        """Raises: InputError if the folder holds no causal LM with a chat template.
+
+        Args:
+            instructions: those that `answers` put to the LLM, in the same order.
+        """
+        self.settings = settings
+        self.instructions = tuple(instructions)
+        self.device = torch.device(device)
+        self.prompts = PromptBuilder(load_tokenizer(model), instructions, settings.max_caption_tokens)
+        # the body only: its last_hidden_state is what the head would read, after the final norm
+        self.body = load_causal_lm(model, settings.dtype, device).base_model
+
+    def encode(self, batch: Sequence[EncoderInput]) -> list[Encoded]:
+        """Encode clips whose answers are given.
+
+        Returns: `query_hidden` (M, H), `query_offsets` (M, 2), and for each variant v `answer_hidden_v` (A, H) and
+            `instruction_hidden_v` (K, H); M, A may be 0.
+        """
+        captions = [self.prompts.caption(item.caption) for item in batch]
+        hidden = self.hidden_features(batch)
+        encoded: list[Encoded] = []
+        for caption, tensors in zip(captions, hidden, strict=True):
+            features = {name: to_feature(tensor) for name, tensor in tensors.items()}
+            offsets = torch.tensor(caption.offsets, dtype=torch.int32).reshape(-1, 2)
+            features["query_offsets"] = to_feature(offsets, "i32")
+            encoded.append(Encoded(tensors=features))
+        return encoded
+
+    def encode_empty(self, answers: Mapping[str, JsonValue] | None) -> Encoded | None:
+        """The features of an empty user's turn: `query_hidden` is (0, H)."""
+        assert answers is not None, "llm needs the answers to the empty prompt"
+        return self.encode([EncoderInput(key="", caption="", answers=answers)])[0]
+
+    @torch.inference_mode()
+    def hidden_features(self, batch: Sequence[EncoderInput]) -> list[dict[str, Tensor]]:
+        """The float features of `encode` before the cast: compute dtype, means in float32; on the CPU."""
+        passages = [passage for clip, item in enumerate(batch) for passage in self._passages(clip, item)]
+        # like lengths together: least padding; the index breaks ties, so that equal batches are split equally
+        order = sorted(range(len(passages)), key=lambda i: (len(passages[i].token_ids), i))
+        features: list[dict[str, Tensor]] = [{} for _ in batch]
+        pooled: dict[tuple[int, int, int], Tensor] = {}
+        for start in range(0, len(order), self.settings.batch_size):
+            launch = [passages[i] for i in order[start : start + self.settings.batch_size]]
+            hidden = self.last_hidden_state([passage.token_ids for passage in launch])
+            for rows, passage in zip(hidden, launch, strict=True):
+                answer = rows[passage.prompt_length : len(passage.token_ids)]  # (A, H)
+                if passage.instruction is not None:
+                    last_of_prompt = rows[passage.prompt_length - 1]
+                    mean = answer.float().mean(dim=0) if len(answer) else last_of_prompt.float()
+                    pooled[passage.clip, passage.variant, passage.instruction] = mean.cpu()
+                    continue
+                features[passage.clip][f"answer_hidden_{passage.variant}"] = answer.cpu()
+                if passage.variant == 0:
+                    caption_start = len(self.prompts.prefix_ids)
+                    caption_stop = passage.prompt_length - len(self.prompts.suffix_ids)
+                    features[passage.clip]["query_hidden"] = rows[caption_start:caption_stop].cpu()  # (M, H)
+        for clip, tensors in enumerate(features):
+            for variant in range(len(_variants(batch[clip]))):
+                means = [pooled[clip, variant, k] for k in range(len(self.instructions))]
+                width = tensors[f"answer_hidden_{variant}"].shape[1]
+                stacked = torch.stack(means) if means else torch.zeros(0, width)
+                tensors[f"instruction_hidden_{variant}"] = stacked  # (K, H)
+        return features
+
+    @torch.inference_mode()
+    def last_hidden_state(self, sequences: Sequence[list[int]]) -> Tensor:
+        """One pass over sequences padded on the right: (B, longest, H) in the compute dtype, on the device."""
+        width = max(len(token_ids) for token_ids in sequences)
+        input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+        attention_mask = torch.zeros(len(sequences), width, dtype=torch.int64)
+        for row, token_ids in enumerate(sequences):
+            input_ids[row, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
+            attention_mask[row, : len(token_ids)] = 1
+        hidden: Tensor = self.body(
+            input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device), use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    def close(self) -> None:
+        """Free the model's memory; the encoder is of no use afterwards."""
+        del self.body
+        free_memory()
+
+    def _passages(self, clip: int, item: EncoderInput) -> list[Passage]:
+        caption: CaptionTokens = self.prompts.caption(item.caption)
+        answer_prompt = self.prompts.answer_prompt(caption)
+        instruction_prompts = self.prompts.instruction_prompts(caption)
+        passages: list[Passage] = []
+        for variant, document in enumerate(_variants(item)):
+            names = [entry["name"] for entry in document["instructions"]]
+            expected = [instruction.name for instruction in self.instructions]
+            assert names == expected, f"{item.key}: answers hold the instructions {names}, expected {expected}"
+            answers: list[tuple[int | None, list[int], Mapping[str, JsonValue]]]
+            answers = [(None, answer_prompt, document["answer"])]
+            answers += [(k, instruction_prompts[k], entry) for k, entry in enumerate(document["instructions"])]
+            passages += [
+                Passage(
+                    clip=clip,
+                    variant=variant,
+                    instruction=instruction,
+                    token_ids=[*prompt_ids, *answer["token_ids"]],
+                    prompt_length=len(prompt_ids),
+                )
+                for instruction, prompt_ids, answer in answers
+            ]
+        return passages
+
+
+def _variants(item: EncoderInput) -> list[Mapping[str, JsonValue]]:
+    assert item.answers is not None, f"{item.key}: llm needs the document of answers"
+    return list(item.answers["variants"])

@@ -1,0 +1,111 @@
+"""Feature `latents`: clip pixels through the CogVideoX causal VAE, kept as moments, unscaled.
+
+Source: diffusers AutoencoderKLCogVideoX.encode, nothing added: 9 frames first, then 8 at a time.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from torch import Tensor
+
+from mimir_precompute.config import VaeSettings
+from mimir_precompute.encoders.arrays import TORCH_DTYPES, free_memory, keep_kernels_repeatable, to_feature
+from mimir_precompute.encoders.base import Encoded, EncoderInput, JsonValue
+from mimir_precompute.identity import VAE_FRAMES_PER_CHUNK
+from mimir_precompute.model_files import ResolvedModel, loading_from, refuse_incomplete
+
+
+class VaeEncoder:
+    """A frozen AutoencoderKLCogVideoX."""
+
+    def __init__(self, model: ResolvedModel, settings: VaeSettings, device: str) -> None:
+        """Raises: InputError if the folder does not hold such a VAE, whole."""
+        keep_kernels_repeatable()
+        self.settings = settings
+        self.device = torch.device(device)
+        self.dtype = TORCH_DTYPES[settings.dtype]
+        with loading_from(model):
+            vae, info = AutoencoderKLCogVideoX.from_pretrained(
+                model.folder,
+                local_files_only=True,
+                torch_dtype=self.dtype,
+                output_loading_info=True,
+                # the other way needs a library that we do not, to save memory that this model does not take
+                low_cpu_mem_usage=False,
+            )
+        refuse_incomplete(model, list(info["missing_keys"]), [str(key) for key in info["mismatched_keys"]])
+        self.vae = vae.to(self.device).eval().requires_grad_(False)
+        # GroupNorm sees one chunk at a time, so the chunk is part of the result and of the identity
+        self.vae.num_sample_frames_batch_size = VAE_FRAMES_PER_CHUNK
+        if settings.tiling:
+            self.vae.enable_tiling()
+
+    def encode(self, batch: Sequence[EncoderInput]) -> list[Encoded]:
+        """Encode clips of one bucket; `settings.stored` says which tensors are kept."""
+        encoded: list[Encoded] = []
+        for start in range(0, len(batch), self.settings.batch_size):
+            launch = batch[start : start + self.settings.batch_size]
+            clips = [item.clip_pixels for item in launch]
+            assert all(clip is not None for clip in clips), "latents need clip_pixels"
+            moments = self.moments(np.stack([clip for clip in clips if clip is not None]))
+            encoded += [self._stored(item.key, moments[i]) for i, item in enumerate(launch)]
+        return encoded
+
+    def encode_empty(self, answers: Mapping[str, JsonValue] | None) -> Encoded | None:
+        """Latents have no prompt."""
+        return None
+
+    @torch.inference_mode()
+    def moments(self, clip_pixels: np.ndarray) -> Tensor:
+        """The posterior's mean and log-variance, stacked on channels, before any cast.
+
+        Args:
+            clip_pixels: (B, F, H, W, 3) uint8.
+        Returns: (B, 2C, T, h, w) in the compute dtype, on the device.
+        """
+        assert clip_pixels.dtype == np.uint8, f"{clip_pixels.dtype}"
+        assert clip_pixels.ndim == 5, f"{clip_pixels.shape}"
+        # bytes cross to the device, four times fewer than floats
+        pixels = torch.from_numpy(clip_pixels).to(self.device).permute(0, 4, 1, 2, 3)  # (B, 3, F, H, W)
+        scaled = ((pixels.float() - 127.5) / 127.5).to(self.dtype).contiguous()
+        moments: Tensor = self.vae.encode(scaled).latent_dist.parameters
+        return moments
+
+    def decode_moments(self, moments: np.ndarray) -> np.ndarray:
+        """Decode the mean of cached moments: (2C, T, h, w) float32 → (F, H, W, 3) uint8."""
+        return self.decode_latents(moments[: moments.shape[0] // 2])
+
+    @torch.inference_mode()
+    def decode_latents(self, latents: np.ndarray) -> np.ndarray:
+        """Decode unscaled latents: (C, T, h, w) float32 → (F, H, W, 3) uint8."""
+        batch = torch.from_numpy(np.ascontiguousarray(latents, dtype=np.float32))[None].to(self.device, self.dtype)
+        frames = self.vae.decode(batch).sample[0].float().permute(1, 2, 3, 0)  # (F, H, W, 3) in -1..1
+        pixels: np.ndarray = (frames * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return pixels
+
+    def close(self) -> None:
+        """Free the model's memory; the encoder is of no use afterwards."""
+        del self.vae
+        free_memory()
+
+    def _stored(self, key: str, moments: Tensor) -> Encoded:
+        mean, log_variance = moments.float().chunk(2)  # (C, T, h, w) each
+        values = {"moments": moments, "mean": mean}
+        if "sample" in self.settings.stored:
+            values["sample"] = sample_posterior(mean, log_variance, clip_generator(self.settings.seed, key))
+        return Encoded(tensors={f"vae_{name}": to_feature(values[name]) for name in self.settings.stored})
+
+
+def clip_generator(seed: int, key: str) -> torch.Generator:
+    """The random numbers of one clip: on the CPU, so that they are the same whatever the device and the order."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sample_posterior(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw from the posterior in float32, with diffusers' bounds on the log-variance."""
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise

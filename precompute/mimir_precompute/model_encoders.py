@@ -1,0 +1,58 @@
+"""The real encoders, behind the interface of the pipeline. Models and their libraries load in `build`."""
+
+from collections.abc import Mapping
+
+from mimir_precompute.config import EncodeSettings, Geometry
+from mimir_precompute.encoders.base import Encoder, JsonValue
+from mimir_precompute.identity import FeatureModels, feature_identity, resolve_models
+from mimir_shared.features import FeatureName
+
+
+class ModelEncoders:
+    """Finds, digests and loads the models that the settings name."""
+
+    def __init__(self, settings: EncodeSettings, geometry: Geometry) -> None:
+        self._settings = settings
+        self._geometry = geometry
+        self._models: dict[FeatureName, FeatureModels] = {}
+
+    def resolve(self, features: tuple[FeatureName, ...]) -> None:
+        """Find the models of these features at once, so that one that two of them share is read once."""
+        self._models.update(resolve_models(self._settings, features))
+
+    def identity(
+        self, feature: FeatureName, dependencies: Mapping[FeatureName, Mapping[str, JsonValue]]
+    ) -> dict[str, JsonValue]:
+        return feature_identity(
+            feature, self._settings, self._geometry, self._models[feature], answers=dependencies.get("answers")
+        )
+
+    def batch_size(self, feature: FeatureName) -> int:
+        sizes: dict[FeatureName, int] = {
+            "latents": self._settings.latents.batch_size,
+            "t5": self._settings.t5.batch_size,
+            "answers": self._settings.answers.batch_size,
+            "llm": self._settings.llm.batch_size,
+        }
+        return sizes[feature]
+
+    def build(self, feature: FeatureName) -> Encoder:
+        models, device = self._models[feature], self._settings.device
+        match feature:
+            case "latents":
+                from mimir_precompute.encoders.vae import VaeEncoder
+
+                return VaeEncoder(models.model, self._settings.latents, device)
+            case "t5":
+                from mimir_precompute.encoders.t5 import T5Encoder
+
+                assert models.tokenizer is not None, "t5 has a tokenizer"
+                return T5Encoder(models.model, models.tokenizer, self._settings.t5, device)
+            case "answers":
+                from mimir_precompute.encoders.answers import AnswersEncoder
+
+                return AnswersEncoder(models.model, self._settings.answers, device)
+            case "llm":
+                from mimir_precompute.encoders.llm import LlmEncoder
+
+                return LlmEncoder(models.model, self._settings.llm, self._settings.answers.instructions, device)

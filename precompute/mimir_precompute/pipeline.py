@@ -1,0 +1,294 @@
+"""MAIN PATH of stage one: `encode_cache` → `encode_feature` → `encode_shard`.
+
+The unit of work and of commit is one shard of one feature. A shard whose commit record exists is never
+made again; everything else may be killed at any moment and started again by the same command.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from mimir_shared.errors import CacheError, TooManyQuarantinedError
+from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
+from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
+from mimir_shared.fingerprint import differences, fingerprint
+from mimir_shared.formats.webdataset import document_bytes
+from mimir_shared.layout import empty_name, spec_name
+from mimir_shared.plan_file import Plan
+from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_sealed_tensors
+from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
+from mimir_shared.storage import LocalStorage, machine_faults
+
+from mimir_precompute.commit import commit_shard
+from mimir_precompute.encoders.base import Encoder, EncoderInput, JsonValue
+from mimir_precompute.plan import geometry_of
+from mimir_precompute.prepare import ClipPreparer, Copied, Prepared, Ready, Rejected, in_batches, prepare_ahead
+from mimir_precompute.progress import Progress
+from mimir_precompute.provenance import RunLog
+from mimir_precompute.shard_writer import ShardWriter
+
+
+class EncoderSource(Protocol):
+    """Where encoders come from. Identities are asked for before any model is loaded."""
+
+    def identity(
+        self, feature: FeatureName, dependencies: Mapping[FeatureName, Mapping[str, JsonValue]]
+    ) -> dict[str, JsonValue]:
+        """Everything that changes a byte of the feature, given the identities of the features that it builds on."""
+        ...
+
+    def batch_size(self, feature: FeatureName) -> int: ...
+
+    def build(self, feature: FeatureName) -> Encoder:
+        """Load the model."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """What one call of `encode` is to do."""
+
+    storage: LocalStorage
+    plan: Plan
+    encoders: EncoderSource
+    shards: tuple[int, ...]
+    features: tuple[FeatureName, ...] = FEATURES
+    on_mismatch: Literal["error", "new"] = "error"
+    max_quarantined: float = 0.01
+    """Share of the clips in `shards` above which the call fails, after all is committed."""
+    decode_workers: int = 2
+
+
+@dataclass(kw_only=True)
+class FeatureOutcome:
+    """What became of one feature in one call."""
+
+    feature: FeatureName
+    shards_done_before: int = 0
+    shards_made: int = 0
+    encoded: int = 0
+    copied: int = 0
+    quarantined: int = 0
+    nbytes: int = 0
+
+
+@dataclass(kw_only=True)
+class EncodeOutcome:
+    features: list[FeatureOutcome] = field(default_factory=list)
+    snapshot: Snapshot | None = None
+    """Of the whole cache; None while shards are missing."""
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """key → "stage: reason", for every clip in the job's shards that is not ok in every feature."""
+
+    @property
+    def nothing_to_do(self) -> bool:
+        return all(feature.shards_made == 0 for feature in self.features)
+
+
+def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutcome:
+    """Make every feature of the job in its shards, and a snapshot when the cache is complete.
+
+    Raises: CacheError where a feature was made otherwise than now asked for; TooManyQuarantinedError after
+        all work is done; MachineError for faults of the disk.
+    """
+    job.storage.remove_abandoned()
+    specs = open_features(job)
+    outcome = EncodeOutcome()
+    for feature in job.features:
+        outcome.features.append(encode_feature(job, specs, feature, progress, log))
+    outcome.quarantined = quarantined_clips(job, specs)
+    check_quarantine(job, outcome)
+    outcome.snapshot = write_snapshot_if_complete(job, specs)
+    return outcome
+
+
+def open_features(job: EncodeJob) -> dict[FeatureName, FeatureSpec]:
+    """Compare what is asked for with what the cache holds, before any model loads; then write new specs."""
+    specs: dict[FeatureName, FeatureSpec] = {}
+    for feature in FEATURES:
+        if feature in job.features or any(feature in DEPENDENCIES[wanted] for wanted in job.features):
+            dependencies = {name: specs[name].identity for name in DEPENDENCIES[feature]}
+            identity = job.encoders.identity(feature, dependencies)
+            spec = FeatureSpec(
+                feature=feature, fingerprint=fingerprint(identity), format="webdataset", identity=identity
+            )
+            if job.on_mismatch == "error":
+                refuse_other_identity(job.storage, spec)
+            specs[feature] = spec
+    for feature in job.features:
+        spec = specs[feature]
+        name = spec_name(feature, spec.fingerprint)
+        if not job.storage.exists(name):
+            job.storage.create(name, spec.model_dump_json(indent=1).encode() + b"\n")
+        FeatureFolder(job.storage, feature, spec.fingerprint).read_spec()
+    return specs
+
+
+def refuse_other_identity(storage: LocalStorage, spec: FeatureSpec) -> None:
+    """Raise CacheError, field by field, where the cache holds this feature made in another way."""
+    present = [folder for folder in find_features(storage) if folder.feature == spec.feature]
+    if not present or any(spec.fingerprint.startswith(folder.fingerprint) for folder in present):
+        return
+    old = present[-1].read_spec()
+    changed = differences(old.identity, spec.identity)
+    shown = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed[:8])
+    more = f"; and {len(changed) - 8} more fields" if len(changed) > 8 else ""
+    raise CacheError(
+        f"{storage.root}/{present[-1].directory}: `{spec.feature}` was made otherwise than now asked for: {shown}{more}. "
+        f"Go back to the old models and settings, or keep both side by side: --on-mismatch new"
+    )
+
+
+def encode_feature(
+    job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec], feature: FeatureName, progress: Progress, log: RunLog
+) -> FeatureOutcome:
+    """Make one feature in the job's shards; loads its model only if a shard is missing."""
+    spec = specs[feature]
+    folder = FeatureFolder(job.storage, feature, spec.fingerprint)
+    done = folder.generations()
+    todo = [shard for shard in job.shards if shard not in done]
+    outcome = FeatureOutcome(feature=feature, shards_done_before=len(job.shards) - len(todo))
+    if not todo:
+        return outcome
+    answers = _answers_folder(job, specs) if "answers" in DEPENDENCIES[feature] else None
+    preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers)
+    num_clips = sum(len(job.plan.shard_clips(shard)) for shard in todo)
+    with progress.feature(feature, shards=len(todo), clips=num_clips), closing(job.encoders.build(feature)) as encoder:
+        log.feature_started(feature, spec.fingerprint)
+        publish_empty(folder, encoder, answers)
+        for shard in todo:
+            encode_shard(job, spec, folder, preparer, encoder, shard, outcome, progress, log)
+    return outcome
+
+
+def encode_shard(
+    job: EncodeJob,
+    spec: FeatureSpec,
+    folder: FeatureFolder,
+    preparer: ClipPreparer,
+    encoder: Encoder,
+    shard: int,
+    outcome: FeatureOutcome,
+    progress: Progress,
+    log: RunLog,
+) -> None:
+    """Prepare, encode, write and commit one shard; nothing of it is visible before the commit."""
+    clips = job.plan.shard_clips(shard)
+    preparer.start_shard(shard)
+    where = f"{job.storage.root}: writing shard {shard} of {folder.feature}"
+    with machine_faults(where), log.shard(folder.feature, shard) as entry, job.storage.temporary() as temporary:
+        writer = ShardWriter(temporary, shard)
+        rows = prepare_ahead(preparer, clips, job.decode_workers)
+        for batch in in_batches(rows, job.encoders.batch_size(folder.feature)):
+            encode_batch(spec, encoder, batch, writer, outcome)
+            progress.advance(len(batch), quarantined=writer.num_quarantined)
+        finished = writer.finish()
+        result = commit_shard(
+            folder,
+            temporary,
+            finished,
+            shard=shard,
+            fingerprint=spec.fingerprint,
+            plan_seal=job.plan.file_of(shard).seal,
+        )
+        if result == "other":
+            progress.warn(
+                f"{folder.feature} shard {shard}: another worker committed other bytes first, which stay; "
+                f"the encoders do not repeat themselves between the two (see logs/ for devices and versions)"
+            )
+        entry.finished(result, finished)
+        outcome.shards_made += 1
+        outcome.nbytes += finished.nbytes
+        outcome.quarantined += writer.num_quarantined
+        progress.shard_done(shard, nbytes=finished.nbytes, quarantined=writer.num_quarantined)
+
+
+def encode_batch(
+    spec: FeatureSpec, encoder: Encoder, batch: Sequence[Prepared], writer: ShardWriter, outcome: FeatureOutcome
+) -> None:
+    """Encode the clips of a batch at once, then write all its rows in order."""
+    ready: list[EncoderInput] = [row.item for row in batch if isinstance(row, Ready)]
+    encoded = iter(encoder.encode(ready) if ready else ())
+    for row in batch:
+        match row:
+            case Ready():
+                specs = spec.tensor_specs(row.bucket or "")
+                writer.add(row.clip, next(encoded), specs, bucket=row.bucket, source_xxh3=row.source_xxh3)
+                outcome.encoded += 1
+            case Copied():
+                writer.add_copy(row.clip, row.original, row.encoded, spec.tensor_specs(row.original.bucket or ""))
+                outcome.copied += 1
+            case Rejected():
+                writer.add_quarantined(row.clip, row.rejection, bucket=row.bucket, source_xxh3=row.source_xxh3)
+
+
+def publish_empty(folder: FeatureFolder, encoder: Encoder, answers: FeatureFolder | None) -> None:
+    """Store the feature of the empty prompt, for the unconditional branch, if it has one."""
+    name = empty_name(folder.feature, folder.fingerprint)
+    if folder.storage.exists(name):
+        return
+    document = None
+    if answers is not None:
+        answers_name = empty_name("answers", answers.fingerprint)
+        document = read_sealed_json(answers.storage.read(answers_name), f"{answers.storage.root}/{answers_name}")
+    encoded = encoder.encode_empty(document)
+    if encoded is None:
+        return
+    if encoded.tensors:
+        valid = document_bytes(dict(encoded.valid_rows)).decode()
+        data = write_sealed_tensors(encoded.tensors, {"valid_rows": valid})
+    else:
+        data = write_sealed_json(dict(encoded.document))
+    folder.storage.create(name, data)
+
+
+def _answers_folder(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> FeatureFolder:
+    folder = FeatureFolder(job.storage, "answers", specs["answers"].fingerprint)
+    if not job.storage.exists(empty_name("answers", folder.fingerprint)):
+        raise CacheError(
+            f"{job.storage.root}/{folder.directory}: `llm` is made from `answers`, which this cache does not have as now "
+            f"asked for; encode both: --features answers,llm"
+        )
+    return folder
+
+
+def quarantined_clips(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> dict[str, str]:
+    """key → "stage: reason" of the clips in the job's shards that some feature of the job could not use."""
+    found: dict[str, str] = {}
+    for feature in job.features:
+        folder = FeatureFolder(job.storage, feature, specs[feature].fingerprint)
+        generations = folder.generations()
+        for shard in job.shards:
+            metadata, _ = folder.read_record_metadata(shard, generations[shard])
+            if metadata.quarantined:
+                for sample in folder.read_record(shard, generations[shard]).samples:
+                    if sample.status == "quarantined" and sample.reason != "superseded":
+                        found.setdefault(sample.key, f"{sample.stage}: {sample.reason}")
+    return found
+
+
+def check_quarantine(job: EncodeJob, outcome: EncodeOutcome) -> None:
+    """Raise TooManyQuarantinedError where the share of unusable clips is above the job's limit."""
+    clips = sum(not job.plan.is_superseded(clip) for shard in job.shards for clip in job.plan.shard_clips(shard))
+    count = len(outcome.quarantined)
+    if count > clips * job.max_quarantined:
+        shown = ", ".join(f"{key} ({why})" for key, why in sorted(outcome.quarantined.items())[:5])
+        raise TooManyQuarantinedError(
+            f"{job.storage.root}: {count} of {clips} clips are quarantined, more than --max-quarantined "
+            f"{job.max_quarantined:g} allows: {shown}{', …' if count > 5 else ''}; everything else is committed. "
+            f"Mend the clips and plan again, or accept the loss with a larger --max-quarantined"
+        )
+
+
+def write_snapshot_if_complete(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> Snapshot | None:
+    """Snapshot the features of the job and those that the cache has besides; None while shards are missing."""
+    folders = {feature: FeatureFolder(job.storage, feature, specs[feature].fingerprint) for feature in job.features}
+    if incomplete_shards(job.plan, folders.values()):
+        return None
+    for feature in FEATURES:
+        others = [folder for folder in find_features(job.storage) if folder.feature == feature]
+        unambiguous = feature not in folders and len(others) == 1
+        if unambiguous and not incomplete_shards(job.plan, others):
+            folders[feature] = others[0]
+    return write_snapshot(job.storage, job.plan, folders)

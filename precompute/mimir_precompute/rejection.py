@@ -1,0 +1,39 @@
+"""Why a clip cannot be used: the closed list behind every quarantined row. Imports nothing, so that anyone may."""
+
+from typing import Literal
+
+RejectionStage = Literal["plan", "fetch", "decode", "geometry", "encode", "answers"]
+"""plan: a later plan replaced or removed the row; fetch: getting the bytes; decode: from bytes to frames; geometry:
+frames that fill no bucket; encode: the model's output cannot be kept; answers: the clip failed in that feature."""
+
+RejectionReason = Literal[
+    "missing",
+    "unreadable",
+    "empty_file",
+    "unsupported_format",
+    "undecodable",
+    "truncated",
+    "no_video_stream",
+    "too_large",
+    "too_short",
+    "superseded",
+    "wrong_shape",
+    "nonfinite",
+]
+
+
+class ClipRejected(Exception):
+    """One clip is unusable, by its own fault: it is quarantined and the run goes on.
+
+    Equal clips give equal texts: no path, clock, address or host is in `detail`.
+    Positional arguments alone, so that it survives pickling between processes.
+    """
+
+    def __init__(self, stage: RejectionStage, reason: RejectionReason, detail: str) -> None:
+        super().__init__(stage, reason, detail)
+        self.stage: RejectionStage = stage
+        self.reason: RejectionReason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}: {self.detail}"

@@ -1,0 +1,143 @@
+"""One shard of one feature while it is made: samples go in by row, bytes and their record come out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from mimir_shared.features import FeatureTensor, TensorSpec
+from mimir_shared.formats.webdataset import WebDatasetWriter
+from mimir_shared.manifest import SampleRecord, TensorStatistics
+from mimir_shared.plan_file import PlannedClip
+from mimir_shared.statistics import StatisticsBuilder
+from mimir_shared.storage import TemporaryFile
+
+from mimir_precompute.encoders.base import Encoded
+from mimir_precompute.rejection import ClipRejected
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedShard:
+    """A shard whose bytes are written, under a temporary name."""
+
+    nbytes: int
+    sha256: str
+    samples: tuple[SampleRecord, ...]
+    statistics: dict[str, TensorStatistics]
+
+
+def caption_hash(caption: str) -> int:
+    """xxh3-64 of a caption as UTF-8, as commit records have it."""
+    return xxhash.xxh3_64_intdigest(caption.encode())
+
+
+def check_tensors(tensors: Mapping[str, FeatureTensor], specs: Sequence[TensorSpec]) -> None:
+    """Let no tensor into the cache that departs from its spec or is not finite.
+
+    Raises: ClipRejected at stage "encode" that names the tensor.
+    """
+    if set(tensors) != {spec.name for spec in specs}:
+        expected = sorted(spec.name for spec in specs)
+        raise ClipRejected("encode", "wrong_shape", f"has tensors {sorted(tensors)}, expected {expected}")
+    for spec in specs:
+        tensor = tensors[spec.name]
+        mismatch = spec.mismatch(tensor.array, tensor.dtype)
+        if mismatch is not None:
+            raise ClipRejected("encode", "wrong_shape", mismatch)
+        if tensor.dtype != "i32":
+            bad = int(np.count_nonzero(~np.isfinite(tensor.to_float32())))
+            if bad:
+                raise ClipRejected(
+                    "encode", "nonfinite", f"{spec.name!r} has {bad} NaN or infinite of {tensor.array.size} values"
+                )
+
+
+class ShardWriter:
+    """Writes the samples of one shard in row order and keeps count of what became of each clip."""
+
+    def __init__(self, temporary: TemporaryFile, shard: int) -> None:
+        self._format = WebDatasetWriter(temporary.file, shard)
+        self._samples: list[SampleRecord] = []
+        self._statistics: dict[str, StatisticsBuilder] = {}
+
+    def add(
+        self,
+        clip: PlannedClip,
+        encoded: Encoded,
+        specs: Sequence[TensorSpec],
+        *,
+        bucket: str | None,
+        source_xxh3: int | None,
+    ) -> None:
+        """Check and append an encoded clip; one that fails the checks is recorded as quarantined."""
+        try:
+            check_tensors(encoded.tensors, specs)
+        except ClipRejected as rejection:
+            self.add_quarantined(clip, rejection, bucket=bucket, source_xxh3=source_xxh3)
+            return
+        document: dict[str, Any] = {**encoded.document, "key": clip.key, "caption": clip.caption}
+        if bucket is not None:
+            document["bucket"] = bucket
+        if encoded.valid_rows:
+            document["valid_rows"] = dict(encoded.valid_rows)
+        stored = self._format.add(clip.row, document, encoded.tensors)
+        self._count(encoded.tensors, encoded.valid_rows, specs)
+        self._samples.append(
+            SampleRecord(
+                row=clip.row,
+                key=clip.key,
+                status="ok",
+                bucket=bucket,
+                source_xxh3=source_xxh3,
+                caption_xxh3=caption_hash(clip.caption),
+                stored=stored,
+            )
+        )
+
+    def add_copy(
+        self, clip: PlannedClip, original: SampleRecord, copied: Encoded, specs: Sequence[TensorSpec]
+    ) -> None:
+        """Append a sample that was encoded before from the same input."""
+        self.add(clip, copied, specs, bucket=original.bucket, source_xxh3=original.source_xxh3)
+
+    def add_quarantined(
+        self, clip: PlannedClip, rejection: ClipRejected, *, bucket: str | None = None, source_xxh3: int | None = None
+    ) -> None:
+        """Record a clip that could not be used."""
+        self._samples.append(
+            SampleRecord(
+                row=clip.row,
+                key=clip.key,
+                status="quarantined",
+                stage=rejection.stage,
+                reason=rejection.reason,
+                detail=rejection.detail,
+                bucket=bucket,
+                source_xxh3=source_xxh3,
+                caption_xxh3=caption_hash(clip.caption),
+            )
+        )
+
+    @property
+    def num_quarantined(self) -> int:
+        return sum(sample.status == "quarantined" for sample in self._samples)
+
+    def finish(self) -> FinishedShard:
+        nbytes, sha256 = self._format.finish()
+        results = {name: builder.result() for name, builder in self._statistics.items()}
+        return FinishedShard(
+            nbytes=nbytes,
+            sha256=sha256,
+            samples=tuple(self._samples),
+            statistics={name: result for name, result in sorted(results.items()) if result is not None},
+        )
+
+    def _count(
+        self, tensors: Mapping[str, FeatureTensor], valid_rows: Mapping[str, int], specs: Sequence[TensorSpec]
+    ) -> None:
+        for spec in specs:
+            if spec.dtype != "i32":
+                builder = self._statistics.setdefault(spec.name, StatisticsBuilder(spec.channel_dim))
+                builder.add(tensors[spec.name], valid_rows.get(spec.name))

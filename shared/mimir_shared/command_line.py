@@ -1,0 +1,45 @@
+"""What both programs do alike on the command line: options with - or _, errors as one line, exit codes."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from mimir_shared.errors import MimirError
+
+
+def make_app(help_text: str) -> typer.Typer:
+    """A typer app whose long options may be written with dashes or underscores."""
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={
+            "token_normalize_func": lambda name: name.replace("_", "-"),
+            "help_option_names": ["-h", "--help"],
+        },
+    )
+
+
+def run_app(app: Callable[[], object]) -> None:
+    """Run the program; a MimirError ends it with one line and its own exit code."""
+    try:
+        app()
+    except MimirError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what was committed stays, the same command goes on from there\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output (head, less) left: that is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def echo(text: str = "") -> None:
+    """Print one line of result to stdout."""
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,166 @@
+"""One feature of a cache at one fingerprint: its spec, its commit records, its data files."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mimir_shared.errors import CacheError, InputError
+from mimir_shared.features import FEATURES, FeatureName, TensorSpec
+from mimir_shared.fingerprint import fingerprint as fingerprint_of
+from mimir_shared.layout import feature_directory, parse_record_name, record_name, spec_name
+from mimir_shared.manifest import CacheFormat, CommitRecord, RecordMetadata, read_record, read_record_metadata
+from mimir_shared.storage import LocalStorage
+
+SPEC_VERSION: Final = 1
+
+
+class FeatureSpec(BaseModel):
+    """spec.json: what made the bytes of a feature."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: Literal[1] = SPEC_VERSION
+    feature: FeatureName
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$", description="sha256 of the identity as canonical JSON")
+    format: CacheFormat
+    identity: dict[str, Any] = Field(description="every model file and setting that changes a byte")
+
+    def tensor_specs(self, bucket: str) -> tuple[TensorSpec, ...]:
+        """The tensors of one sample of a bucket."""
+        tensors = self.identity["tensors"]
+        entries = tensors.get(bucket, []) if isinstance(tensors, Mapping) else tensors
+        return tuple(
+            TensorSpec(
+                name=entry["name"],
+                dtype=entry["dtype"],
+                dims=tuple(entry["dims"]),
+                sizes=tuple(entry["sizes"]),
+                channel_dim=entry.get("channel_dim"),
+            )
+            for entry in entries
+        )
+
+
+class FeatureFolder:
+    """Reads one `<feature>/<fingerprint>` folder of a cache."""
+
+    def __init__(self, storage: LocalStorage, feature: FeatureName, fingerprint: str) -> None:
+        self.storage = storage
+        self.feature: FeatureName = feature
+        self.fingerprint = fingerprint
+        self.directory = feature_directory(feature, fingerprint)
+
+    def read_spec(self) -> FeatureSpec:
+        """Raises CacheError where spec.json is missing, damaged, or not what its folder is named for."""
+        name = spec_name(self.feature, self.fingerprint)
+        where = f"{self.storage.root}/{name}"
+        try:
+            spec = FeatureSpec.model_validate(json.loads(self.storage.read(name)))
+        except FileNotFoundError as fault:
+            raise CacheError(f"{where}: missing; the folder is no feature of this program, or it is damaged") from fault
+        except (ValidationError, ValueError) as fault:
+            raise CacheError(f"{where}: not readable: {' '.join(str(fault).splitlines()[:3])}") from fault
+        actual = fingerprint_of(spec.identity)
+        if actual != spec.fingerprint or not actual.startswith(self.fingerprint):
+            raise CacheError(
+                f"{where}: its identity has the fingerprint {actual[:12]}, but the file says {spec.fingerprint[:12]} "
+                f"and its folder {self.fingerprint[:12]}; it was edited or damaged: restore it from a copy"
+            )
+        return spec
+
+    def generations(self) -> dict[int, int]:
+        """shard → highest generation, for every shard that is committed."""
+        newest: dict[int, int] = {}
+        for name in self.storage.list(f"{self.directory}/manifests"):
+            parsed = parse_record_name(name)
+            if parsed is not None:
+                shard, generation = parsed
+                newest[shard] = max(generation, newest.get(shard, -1))
+        return newest
+
+    def record_path(self, shard: int, generation: int) -> str:
+        return f"{self.directory}/{record_name(shard, generation)}"
+
+    def read_record(self, shard: int, generation: int) -> CommitRecord:
+        """Raises CacheError where the record is damaged or belongs to another place."""
+        name = self.record_path(shard, generation)
+        record = read_record(self._read(name), f"{self.storage.root}/{name}")
+        self._check_place(record.metadata, name, shard, generation)
+        return record
+
+    def read_record_metadata(self, shard: int, generation: int) -> tuple[RecordMetadata, str]:
+        """The record's footer and seal. Raises CacheError as read_record."""
+        name = self.record_path(shard, generation)
+        metadata, seal = read_record_metadata(self._read(name), f"{self.storage.root}/{name}")
+        self._check_place(metadata, name, shard, generation)
+        return metadata, seal
+
+    @contextmanager
+    def open_data(self, record: CommitRecord) -> Iterator[BufferedReader]:
+        """The data file of a shard, open for reading. Raises CacheError where it is missing."""
+        (data_file,) = record.metadata.files
+        name = f"{self.directory}/{data_file.path}"
+        try:
+            file = open(self.storage.path(name), "rb")  # noqa: SIM115 (closed below; only opening is guarded)
+        except FileNotFoundError as fault:
+            raise CacheError(
+                f"{self.storage.root}/{name}: missing, though the commit record of shard {record.metadata.shard} names "
+                f"it; restore it from a copy, or see `mimir-precompute verify`"
+            ) from fault
+        with file:
+            yield file
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self.storage.read(name)
+        except FileNotFoundError as fault:
+            raise CacheError(f"{self.storage.root}/{name}: missing; the shard is not committed") from fault
+
+    def _check_place(self, metadata: RecordMetadata, name: str, shard: int, generation: int) -> None:
+        expected = (self.feature, shard, generation)
+        got = (metadata.feature, metadata.shard, metadata.generation)
+        if got != expected or not metadata.fingerprint.startswith(self.fingerprint):
+            raise CacheError(
+                f"{self.storage.root}/{name}: expected the record of {expected} at {self.fingerprint[:12]}, got {got} "
+                f"at {metadata.fingerprint[:12]}; records were swapped: restore them from a copy"
+            )
+
+
+def find_features(storage: LocalStorage) -> list[FeatureFolder]:
+    """Every feature folder of a cache, in the order in which features are made, then by fingerprint."""
+    return [
+        FeatureFolder(storage, feature, name)
+        for feature in FEATURES
+        for name in storage.list(feature)
+        if storage.exists(spec_name(feature, name))
+    ]
+
+
+def select_features(storage: LocalStorage, wanted: Mapping[str, str]) -> dict[FeatureName, FeatureFolder]:
+    """One folder for each feature that the cache has.
+
+    Args:
+        wanted: feature → beginning of the fingerprint, for features that the cache has more than once.
+    Raises: InputError where a choice is missing, ambiguous, or fits nothing.
+    """
+    chosen: dict[FeatureName, FeatureFolder] = {}
+    folders = find_features(storage)
+    unknown = sorted(set(wanted) - {folder.feature for folder in folders})
+    if unknown:
+        raise InputError(f"--feature {unknown[0]}: {storage.root} has no such feature")
+    for feature in FEATURES:
+        present = [folder for folder in folders if folder.feature == feature]
+        fitting = [folder for folder in present if folder.fingerprint.startswith(wanted.get(feature, ""))]
+        if present and len(fitting) != 1:
+            names = ", ".join(folder.fingerprint for folder in present)
+            asked = f" beginning with {wanted[feature]!r}" if feature in wanted else ""
+            raise InputError(
+                f"{storage.root}: {len(fitting)} {feature} features{asked}, expected one; the cache has {names}: "
+                f"choose by --feature {feature}=FINGERPRINT"
+            )
+        if fitting:
+            chosen[feature] = fitting[0]
+    return chosen

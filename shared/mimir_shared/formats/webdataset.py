@@ -1,0 +1,149 @@
+"""A shard as an uncompressed POSIX tar, both directions.
+
+A sample is `<shard><row>.json` and, where the feature has tensors, `<shard><row>.safetensors`. Equal
+samples give equal bytes: fixed owner and time, sorted JSON keys, members in row order. Plain `tar` and
+`webdataset` read it; our reader takes the offsets from the commit record and never parses the tar.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import xxhash
+
+from mimir_shared.errors import CacheError
+from mimir_shared.features import FeatureTensor
+from mimir_shared.layout import sample_stem
+from mimir_shared.manifest import SampleRecord, StoredSample
+from mimir_shared.safetensors_bytes import TensorPlace, read_header, tensor_at, tensors_to_safetensors
+
+ENDING = "tar"
+
+
+def document_bytes(document: Mapping[str, Any]) -> bytes:
+    """JSON as it stands in a shard: sorted keys, UTF-8."""
+    return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class WebDatasetWriter:
+    """Writes the samples of one shard in row order, and says where each came to lie."""
+
+    def __init__(self, file: BinaryIO, shard: int) -> None:
+        self._output = _HashingFile(file)
+        self._tar = tarfile.open(fileobj=self._output, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]
+        self._shard = shard
+        self._last_row = -1
+
+    def add(self, row: int, document: Mapping[str, Any], tensors: Mapping[str, FeatureTensor]) -> StoredSample:
+        """Append one sample. Rows must come in rising order."""
+        return self.add_bytes(row, document_bytes(document), tensors_to_safetensors(tensors) if tensors else None)
+
+    def add_bytes(self, row: int, document: bytes, safetensors: bytes | None) -> StoredSample:
+        """Append one sample that is serialised already, for instance copied from another shard."""
+        assert row > self._last_row, f"row {row} after row {self._last_row}"
+        self._last_row = row
+        stem = sample_stem(self._shard, row)
+        json_offset = self._add_member(f"{stem}.json", document)
+        places: list[TensorPlace] = []
+        tensor_hash = None
+        if safetensors is not None:
+            base = self._add_member(f"{stem}.safetensors", safetensors)
+            for place in read_header(safetensors, stem):
+                places.append(
+                    TensorPlace(
+                        name=place.name,
+                        dtype=place.dtype,
+                        shape=place.shape,
+                        offset=base + place.offset,
+                        nbytes=place.nbytes,
+                    )
+                )
+            tensor_hash = xxhash.xxh3_64_intdigest(safetensors[places[0].offset - base :])
+        return StoredSample(
+            json_offset=json_offset,
+            json_nbytes=len(document),
+            json_xxh3=xxhash.xxh3_64_intdigest(document),
+            tensors=tuple(places),
+            xxh3=tensor_hash,
+        )
+
+    def finish(self) -> tuple[int, str]:
+        """Close the tar; (bytes, sha256 in hex) of the whole file."""
+        self._tar.close()
+        return self._output.nbytes, self._output.sha256.hexdigest()
+
+    def _add_member(self, name: str, data: bytes) -> int:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(data)
+        entry.mode = 0o644
+        self._tar.addfile(entry, io.BytesIO(data))
+        end = self._output.nbytes
+        return end - len(data) - (-len(data) % tarfile.BLOCKSIZE)
+
+
+class _HashingFile:
+    """Passes bytes on and hashes them on the way, so that a shard is read back by nobody."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.nbytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.nbytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.nbytes
+
+
+def _stored(sample: SampleRecord, where: str) -> StoredSample:
+    assert sample.stored is not None, f"{where}: sample {sample.key!r} is {sample.status}, it has no bytes"
+    return sample.stored
+
+
+def read_document(file: BinaryIO, sample: SampleRecord, where: str) -> dict[str, Any]:
+    """The `.json` of a sample, checked against its hash. Raises CacheError."""
+    document = json.loads(read_document_bytes(file, sample, where))
+    assert isinstance(document, dict), f"{where}: the document of {sample.key!r} is no object"
+    return document
+
+
+def read_document_bytes(file: BinaryIO, sample: SampleRecord, where: str) -> bytes:
+    stored = _stored(sample, where)
+    file.seek(stored.json_offset)
+    data = file.read(stored.json_nbytes)
+    if len(data) != stored.json_nbytes or xxhash.xxh3_64_intdigest(data) != stored.json_xxh3:
+        raise CacheError(_damaged(where, sample, "text"))
+    return data
+
+
+def read_tensors(file: BinaryIO, sample: SampleRecord, where: str) -> dict[str, FeatureTensor]:
+    """The tensors of a sample, by one read, checked against their hash. Raises CacheError."""
+    stored = _stored(sample, where)
+    if not stored.tensors:
+        return {}
+    begin = stored.tensors[0].offset
+    end = stored.tensors[-1].offset + stored.tensors[-1].nbytes
+    file.seek(begin)
+    data = file.read(end - begin)
+    if len(data) != end - begin or xxhash.xxh3_64_intdigest(data) != stored.xxh3:
+        raise CacheError(_damaged(where, sample, "tensors"))
+    return {place.name: tensor_at(data, place, base=begin, where=where) for place in stored.tensors}
+
+
+def read_safetensors_bytes(file: BinaryIO, sample: SampleRecord, where: str) -> bytes | None:
+    """The `.safetensors` member as it stands, checked, for a byte-for-byte copy. Raises CacheError."""
+    tensors = read_tensors(file, sample, where)
+    return tensors_to_safetensors(tensors) if tensors else None
+
+
+def _damaged(where: str, sample: SampleRecord, what: str) -> str:
+    return (
+        f"{where}: the {what} of sample {sample.key!r} (row {sample.row}) do not match the hash in the commit record; "
+        f"the shard is damaged: run `mimir-precompute verify`"
+    )

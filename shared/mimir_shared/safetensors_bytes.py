@@ -1,0 +1,100 @@
+"""The bytes of a safetensors file, the same for the same tensors, and where each tensor lies in them.
+
+The library's own `serialize` takes raw addresses, writes metadata in the order of a hash map, and does
+not say at what offset a tensor came to lie; the cache needs equal bytes and the offsets. Files are read
+by the library in the tests.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mimir_shared.errors import CacheError
+from mimir_shared.features import NUMPY_DTYPES, DType, FeatureTensor
+
+_NAMES: dict[str, str] = {"bf16": "BF16", "f16": "F16", "f32": "F32", "i32": "I32"}
+_ALIGNMENT = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""The library's own limit: a longer header is refused, whatever its length field says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlace:
+    """Where one tensor lies in a file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    """Of the first byte, from the start of the file."""
+    nbytes: int
+
+
+def tensors_to_safetensors(tensors: Mapping[str, FeatureTensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Widest dtype first, then by name, without gaps: every tensor is aligned to its item size."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].array.itemsize, item[0]))
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    position = 0
+    for name, tensor in ordered:
+        end = position + tensor.array.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.array.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return b"".join([struct.pack("<Q", len(text)), text, *(tensor.array.tobytes() for _, tensor in ordered)])
+
+
+def read_header(data: bytes, where: str) -> list[TensorPlace]:
+    """The tensors of a file, in the order in which they lie. Raises CacheError for a bad header."""
+    names = {value: key for key, value in _NAMES.items()}
+    try:
+        (length,) = struct.unpack_from("<Q", data)
+        assert length <= min(_MAX_HEADER_BYTES, len(data) - 8), f"header of {length} bytes in a file of {len(data)}"
+        header = json.loads(data[8 : 8 + length])
+        places = []
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                places.append(
+                    TensorPlace(
+                        name=name,
+                        dtype=names[entry["dtype"]],  # type: ignore[arg-type]
+                        shape=tuple(entry["shape"]),
+                        offset=8 + length + begin,
+                        nbytes=end - begin,
+                    )
+                )
+    except (AssertionError, KeyError, ValueError, TypeError, AttributeError, struct.error) as fault:
+        raise CacheError(f"{where}: not a readable safetensors file ({fault}); it is damaged") from fault
+    return sorted(places, key=lambda place: place.offset)
+
+
+def read_tensors(data: bytes, where: str) -> dict[str, FeatureTensor]:
+    """Every tensor of a file, as views of `data`. Raises CacheError where header and bytes disagree."""
+    return {place.name: tensor_at(data, place, base=0, where=where) for place in read_header(data, where)}
+
+
+def tensor_at(data: bytes | memoryview, place: TensorPlace, *, base: int, where: str) -> FeatureTensor:
+    """View one tensor in bytes that begin at file offset `base`.
+
+    Raises: CacheError where the place lies outside the bytes or its size does not fit its shape.
+    """
+    dtype = NUMPY_DTYPES[place.dtype]
+    count = int(np.prod(place.shape, dtype=np.int64))
+    begin = place.offset - base
+    if count * dtype.itemsize != place.nbytes or begin < 0 or begin + place.nbytes > len(data):
+        raise CacheError(
+            f"{where}: {place.name!r} should take {count * dtype.itemsize} bytes for dims {place.shape}, "
+            f"its place has {place.nbytes} at offset {place.offset} of {base + len(data)}; the file is damaged"
+        )
+    array = np.frombuffer(data, dtype=dtype, count=count, offset=begin)
+    return FeatureTensor(array.reshape(place.shape), place.dtype)

@@ -1,0 +1,2 @@
+from .media import video_bytes
+def test_a(): pass
