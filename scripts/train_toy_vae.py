@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mimir_precompute.toy.clips import render, toy_scene, write_mp4
 from mimir_precompute.toy.models import VAE_CONFIG
@@ -180,6 +180,20 @@ def save(vae: AutoencoderKLCogVideoX, latent_std: float, path: Path) -> None:
     save_file(tensors, path, metadata={"scaling_factor": f"{1 / latent_std:.4f}"})
 
 
+@torch.no_grad()
+def calibrate(path: Path) -> None:
+    """Set the scaling factor of saved weights from many clips: a clip's latents hang together by its background."""
+    vae = AutoencoderKLCogVideoX(**VAE_CONFIG)
+    vae.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    latents = []
+    for index in range(240):
+        clip = to_model(resize(render(toy_scene(TRAIN_SEED, index), num_frames=FRAMES), Image.Resampling.LANCZOS))
+        latents.append(vae.encode(clip[None]).latent_dist.mean)
+    latent_std = torch.cat(latents).std().item()
+    save(vae, latent_std, path)
+    print(f"scaling factor {1 / latent_std:.4f}")  # noqa: T201
+
+
 def learning_rate(step: int, num_steps: int, peak: float) -> float:
     warm_up = 100
     if step < warm_up:
@@ -219,6 +233,7 @@ def train(arguments: argparse.Namespace) -> None:
         with torch.no_grad():
             for mean, value in zip(average.parameters(), vae.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
+    calibrate(arguments.output)
 
 
 def main() -> None:

@@ -186,9 +186,11 @@ class FrameCutter:
 
     def _covering_size(self, frame: av.VideoFrame) -> tuple[int, int]:
         scale = self._cover_scale(frame.height, frame.width)
-        height = max(self._height, round(frame.height * scale))
-        width = max(self._width, round(frame.width * self._sample_aspect * scale))
-        return height, width
+        width = frame.width * self._sample_aspect * scale
+        # an even surplus: the crop is centred to the pixel, at the cost of stretching by one pixel at most
+        surplus_height = 2 * round((frame.height * scale - self._height) / 2)
+        surplus_width = 2 * round((width - self._width) / 2)
+        return self._height + surplus_height, self._width + surplus_width
 
     def _crop_stored(self, rgb: Pixels) -> Pixels:
         """The centre that the bucket shows, in stored pixels."""

@@ -253,6 +253,13 @@ def _latents_specs(settings: EncodeSettings, config: Mapping[str, JsonValue], bu
             f"multiples of {stride}, frames one more than a multiple of {time_stride}"
         )
     frames, height, width = (bucket.frames - 1) // time_stride + 1, bucket.height // stride, bucket.width // stride
+    if settings.latents.tiling:
+        tiled = _tiled_latent_size(config, bucket, stride)
+        if tiled != (height, width):
+            raise InputError(
+                f"--bucket {bucket}: tiling gives latents of {tiled[0]}x{tiled[1]} where {height}x{width} are "
+                "expected, for the VAE's tiles do not meet at this size: encode it without tiling"
+            )
     return tuple(
         TensorSpec(
             name=f"vae_{stored}",
@@ -263,6 +270,21 @@ def _latents_specs(settings: EncodeSettings, config: Mapping[str, JsonValue], bu
         )
         for stored in settings.latents.stored
     )
+
+
+def _tiled_latent_size(config: Mapping[str, JsonValue], bucket: Bucket, stride: int) -> tuple[int, int]:
+    """Height and width of the latents that diffusers' tiled_encode puts together, by its own arithmetic."""
+    tile_height, tile_width = int(config.get("sample_height", 480)) // 2, int(config.get("sample_width", 720)) // 2
+    if bucket.height <= tile_height and bucket.width <= tile_width:
+        return bucket.height // stride, bucket.width // stride
+
+    def tiled(pixels: int, tile: int, overlap: float) -> int:
+        latent_tile = int(tile / stride)
+        kept = latent_tile - int(latent_tile * overlap)
+        starts = range(0, pixels, int(tile * (1 - overlap)))
+        return sum(min(kept, min(tile, pixels - start) // stride) for start in starts)
+
+    return tiled(bucket.height, tile_height, 1 / 6), tiled(bucket.width, tile_width, 1 / 5)
 
 
 def _width(config: Mapping[str, JsonValue], field: str) -> int:

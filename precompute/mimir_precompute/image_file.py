@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,11 @@ from mimir_precompute.rejection import ClipRejected
 from mimir_precompute.video_file import MAX_FRAME_PIXELS
 
 _EXIF_ORIENTATION = 0x0112
+
+# Pillow tells the terminal of every odd EXIF field, and of large pictures, which are refused below anyway. Once and
+# for all instead of around each call: warnings.catch_warnings is not safe between threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Pillow has no closed list of what it raises on damaged files
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, ArithmeticError)
@@ -31,7 +37,7 @@ def decode_image(data: bytes) -> tuple[Pixels, Orientation]:
                 raise ClipRejected("decode", "unsupported_format", "an animated image; convert it to a video")
             orientation = Orientation.from_exif(image.getexif().get(_EXIF_ORIENTATION))
             return _to_rgb(image), orientation
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ClipRejected("decode", "too_large", f"the limit is {MAX_FRAME_PIXELS} pixels") from error
     except _PILLOW_ERRORS as error:
         is_cut = "truncated" in str(error).lower()

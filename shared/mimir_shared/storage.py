@@ -47,6 +47,15 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _create_in(directory: Path, path: Path) -> BinaryIO:
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            return open(path, "xb")
+        except FileNotFoundError:
+            continue  # another process has just removed the empty folder
+
+
 @contextlib.contextmanager
 def machine_faults(action: str) -> Iterator[None]:
     """Turn a fault of the disk into a MachineError that names what was being done."""
@@ -103,15 +112,14 @@ class LocalStorage:
     def temporary(self) -> Iterator["TemporaryFile"]:
         """A new file to be published; it is removed when the block ends, published or not."""
         directory = self.root / _TEMPORARY
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{_process_domain()}-{os.getpid()}-{uuid.uuid4().hex}"
-        with open(path, "xb") as file:
+        with _create_in(directory, path) as file:
             try:
                 yield TemporaryFile(path, file)
             finally:
                 path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            directory.rmdir()
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
 
     def publish(self, temporary: "TemporaryFile", name: str) -> bool:
         """Give a written temporary file its final name, durably.

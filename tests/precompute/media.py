@@ -1,19 +1,25 @@
-"""Odd media files for tests: small, made on the spot, of known content."""
+"""Odd media files for tests: small, made on the spot, of known content; and the usual questions about them."""
 
 import io
 import struct
+import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import numpy.typing as npt
+import pytest
 from PIL import Image
 
-Pixels = npt.NDArray[np.uint8]
+from mimir_precompute.clips import read_clip
+from mimir_precompute.config import Bucket, Geometry
+from mimir_precompute.frames import Pixels
+from mimir_precompute.rejection import ClipRejected
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -84,9 +90,16 @@ FFV1 = VideoStyle(codec="ffv1", pixel_format="yuv444p", container="matroska", op
 def video_bytes(frames: Sequence[Pixels | av.VideoFrame], style: VideoStyle | None = None) -> bytes:
     """Encode (h, w, 3) RGB arrays, or frames as they are."""
     style = style or VideoStyle()
-    buffer = io.BytesIO()
+    # a file with a name: to move the index to the front, FFmpeg opens it a second time
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video"
+        _write_video(path, frames, style)
+        return path.read_bytes()
+
+
+def _write_video(path: Path, frames: Sequence[Pixels | av.VideoFrame], style: VideoStyle) -> None:
     container_options = {"movflags": "faststart"} if style.faststart else {}
-    with av.open(buffer, "w", format=style.container, options=container_options) as container:
+    with av.open(str(path), "w", format=style.container, options=container_options) as container:
         stream = container.add_stream(style.codec, rate=style.fps, options=dict(style.options))
         assert isinstance(stream, av.VideoStream)
         first = frames[0]
@@ -113,7 +126,6 @@ def video_bytes(frames: Sequence[Pixels | av.VideoFrame], style: VideoStyle | No
         container.mux(stream.encode())
         if audio is not None:
             container.mux(_silence(audio))
-    return buffer.getvalue()
 
 
 def _silence(audio: av.AudioStream) -> "list[av.Packet[av.AudioStream]]":
@@ -150,7 +162,7 @@ def naive_pick(source: bytes, *, fps: int, num_frames: int, start_s: Fraction = 
     return [[pixels for time, pixels in frames if time <= instant + Fraction(1, 1000)][-1] for instant in instants]
 
 
-def image_bytes(pixels: Pixels, image_format: str, *, exif_orientation: int | None = None) -> bytes:
+def image_bytes(pixels: npt.NDArray[Any], image_format: str, *, exif_orientation: int | None = None) -> bytes:
     """Of (h, w), (h, w, 3) or (h, w, 4); lossless where the format can."""
     buffer = io.BytesIO()
     exif = Image.Exif()
@@ -174,3 +186,32 @@ def ffconcat_beside(folder: Path, neighbour: bytes) -> Path:
     disguised = folder / "clip.mp4"
     disguised.write_text("ffconcat version 1.0\nfile neighbour.mp4\n")
     return disguised
+
+
+NINE = Bucket(frames=9, height=64, width=96)
+ONE = Bucket(frames=1, height=64, width=96)
+TINY = Geometry(buckets=(NINE, ONE), fps=8)
+
+
+def numbers(pixels: Pixels) -> list[int]:
+    """Of a clip of grey frames."""
+    return [read_number(frame) for frame in pixels]
+
+
+def psnr(a: Pixels, b: Pixels) -> float:
+    return float(20 * np.log10(255 / max(1e-9, np.sqrt(np.mean((a.astype(float) - b.astype(float)) ** 2)))))
+
+
+def rejection(
+    source: bytes | Path,
+    geometry: Geometry = TINY,
+    *,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    bucket: Bucket | None = None,
+) -> ClipRejected:
+    """How a clip is rejected; fails if it is not."""
+    with pytest.raises(ClipRejected) as caught:
+        read_clip(source, geometry=geometry, start_s=start_s, end_s=end_s, bucket=bucket)
+    assert str(source) not in caught.value.detail, "a path in the detail"
+    return caught.value

@@ -195,6 +195,15 @@ def test_a_bucket_that_the_vae_cannot_compress_is_refused() -> None:
         tensor_specs("latents", SETTINGS, {"block_out_channels": [8] * 6}, Bucket(frames=9, height=64, width=80))
 
 
+def test_a_bucket_that_tiling_would_put_together_wrongly_is_refused() -> None:
+    # at 480x720 the published tiles meet; elsewhere diffusers returns latents of another size, and says nothing
+    tiled = change("latents", tiling=True)
+    assert sizes(tensor_specs("latents", tiled, {}, GEOMETRY.buckets[0])) == {"vae_moments": (32, 13, 60, 90)}
+    small = {"block_out_channels": [8, 8, 8], "sample_height": 64, "sample_width": 96}
+    with pytest.raises(InputError, match="tiling gives latents of 17x25 where 16x24 are expected"):
+        tensor_specs("latents", tiled, small, Bucket(frames=9, height=64, width=96))
+
+
 def test_text_features_have_the_widths_of_their_models() -> None:
     assert sizes(tensor_specs("t5", SETTINGS, {"d_model": 4096}, None)) == {
         "t5_embeds": (226, 4096),

@@ -76,7 +76,7 @@ def test_shards_are_digested_with_their_index(tmp_path: Path) -> None:
     digests = resolve(folder, ("weights",)).digests
     assert {*weight_map.values(), "model.safetensors.index.json"} < set(digests)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match="1 of 2 weight files missing, first model-00002-of-00002.safetensors"):
+    with pytest.raises(InputError, match=r"1 of 2 weight files missing, first model-00002-of-00002.safetensors"):
         resolve(folder, ("weights",))
 
 
@@ -117,10 +117,10 @@ def test_pickled_weights_are_refused(tmp_path: Path, file: str) -> None:
 def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
     folder = write_llm(tmp_path)
     (folder / "config.json").write_text('{"hidden_size": ')
-    with pytest.raises(InputError, match="config.json is not JSON"):
+    with pytest.raises(InputError, match=r"config.json is not JSON"):
         resolve(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="config.json holds no JSON object"):
+    with pytest.raises(InputError, match=r"config.json holds no JSON object"):
         resolve(folder)
 
 

@@ -67,17 +67,16 @@ class Observed:
     """What the pixels of the first nine frames show: for every colour, where its things are, first and last."""
 
     def __init__(self, scene: ToyScene) -> None:
-        frames = render(scene, num_frames=9).astype(np.int64)
+        frames = render(scene, num_frames=9)[[0, 8]].astype(np.int16)
         self.background = frames[0, 0, 0]
         self.first = {colour: self._centres(frames[0], rgb) for colour, rgb in COLOURS.items()}
-        self.last = {colour: self._centres(frames[8], rgb) for colour, rgb in COLOURS.items()}
+        self.last = {colour: self._centres(frames[1], rgb) for colour, rgb in COLOURS.items()}
 
     @staticmethod
-    def _centres(frame: npt.NDArray[np.int64], rgb: tuple[int, int, int]) -> list[Box]:
-        labels, count = ndimage.label(np.abs(frame - np.asarray(rgb)).max(axis=-1) < 8)
-        sizes = ndimage.sum_labels(np.ones_like(labels), labels, range(1, count + 1))
-        things = [number for number, size in enumerate(sizes, start=1) if size > 60]
-        return [(x, y) for y, x in ndimage.center_of_mass(labels > 0, labels, things)]
+    def _centres(frame: npt.NDArray[np.int16], rgb: tuple[int, int, int]) -> list[Box]:
+        labels, count = ndimage.label((np.abs(frame - np.int16(rgb)) < 8).all(axis=-1))
+        things = [np.argwhere(labels == number) for number in range(1, count + 1)]
+        return [(float(x), float(y)) for y, x in (pixels.mean(axis=0) for pixels in things if len(pixels) > 60)]
 
     def motion(self, colour: str) -> str:
         x, y = np.mean(self.last[colour], axis=0) - np.mean(self.first[colour], axis=0)
@@ -147,12 +146,12 @@ def check_motion(text: str, seen: Observed) -> None:
     count = sum(len(centres) for centres in seen.first.values())
     clauses = re.split(r", while | and |, ", re.sub(r"^(?:there (?:is|are)|we see) ", "", text))
     for clause in clauses:
-        for motion, words in MOTION_PATTERNS.items():
-            match = re.fullmatch(rf"(@\w+|both|all of them) {words}", clause)
-            if match is not None:
-                break
-        else:
-            pytest.fail(f"cannot read {clause!r}")
+        readings = {
+            motion: re.fullmatch(rf"(@\w+|both|all of them) {words}", clause)
+            for motion, words in MOTION_PATTERNS.items()
+        }
+        motion, match = next((pair for pair in readings.items() if pair[1] is not None), ("", None))
+        assert match is not None, f"cannot read {clause!r}"
         assert match[1] != "both" or count == 2, clause
         assert match[1] != "all of them" or count > 2, clause
         for colour in [match[1][1:]] if match[1].startswith("@") else present:
@@ -160,7 +159,7 @@ def check_motion(text: str, seen: Observed) -> None:
 
 
 def test_captions_are_true_of_the_pixels() -> None:
-    for index in range(200):
+    for index in range(108):
         scene = toy_scene(11, index)
         seen = Observed(scene)
         named: set[str] = set()
@@ -243,9 +242,9 @@ def vae(models: Path) -> AutoencoderKLCogVideoX:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    """Clips as the tiny preset sees them, of a seed that the training never saw: (9, 3, 9, 64, 96) in -1..1."""
+    """Clips as the tiny preset sees them, of a seed that the training never saw: (24, 3, 9, 64, 96) in -1..1."""
     directory = tmp_path_factory.mktemp("held_out")
-    write_toy_clips(directory, 9, seed=77)
+    write_toy_clips(directory, 24, seed=77)
     clips = []
     for path in sorted((directory / "clips").glob("*.mp4")):
         images = [Image.fromarray(frame) for frame in decode(path)[:9]]
@@ -275,22 +274,26 @@ def test_weights_of_the_vae_are_small() -> None:
 
 @torch.no_grad()
 def test_vae_reconstructs_clips_it_never_saw(vae: AutoencoderKLCogVideoX, held_out: torch.Tensor) -> None:
-    psnrs, stds, latents = [], [], []
-    for clip in held_out:
+    psnrs, stds = [], []
+    for clip in held_out[:9]:
         posterior = vae.encode(clip[None]).latent_dist
         decoded = vae.decode(posterior.mean).sample[0].clamp(-1, 1)
         psnrs.append(10 * math.log10(4 / (decoded - clip).square().mean().item()))
         stds.append(posterior.std.mean().item())
-        latents.append(posterior.mean * vae.config.scaling_factor)
-    assert latents[0].shape == (1, 8, 3, 16, 24)
     assert sum(psnrs) / len(psnrs) >= 26, psnrs
     assert sum(stds) / len(stds) <= 0.1
-    assert 0.8 <= torch.cat(latents).var().item() <= 1.25
+
+
+@torch.no_grad()
+def test_scaled_latents_have_unit_variance(vae: AutoencoderKLCogVideoX, held_out: torch.Tensor) -> None:
+    latents = torch.cat([vae.encode(clips).latent_dist.mean for clips in held_out.split(4)])
+    assert latents.shape == (24, 8, 3, 16, 24)
+    assert 0.8 <= (latents * vae.config.scaling_factor).var().item() <= 1.25
 
 
 @torch.no_grad()
 def test_vae_reconstructs_images(vae: AutoencoderKLCogVideoX, held_out: torch.Tensor) -> None:
-    images = held_out[:, :, :1]
+    images = held_out[:9, :, :1]
     posterior = vae.encode(images).latent_dist
     assert posterior.mean.shape == (9, 8, 1, 16, 24)
     error = vae.decode(posterior.mean).sample.clamp(-1, 1) - images
@@ -305,10 +308,8 @@ def test_tokenizers_write_any_text_and_give_offsets(models: Path, folder: str) -
         encoded = tokenizer(text, return_offsets_mapping=True)
         assert tokenizer.unk_token_id not in encoded.input_ids
         assert tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == text
-        spans = [(start, end) for start, end in encoded.offset_mapping if end > start]
-        covered = "".join(text[start:end].strip() for start, end in spans if end - start > 1)
-        assert all(word in text for word in covered.split())
-        assert max(end for _, end in spans) == len(text)
+        covered = {place for start, end in encoded.offset_mapping for place in range(start, end)}
+        assert covered >= {place for place, character in enumerate(text) if not character.isspace()}
     assert len(tokenizer(LONG_CAPTION).input_ids) <= 64
     assert tokenizer.pad_token_id is not None
 

@@ -68,9 +68,7 @@ def test_fingerprint_survives_being_written_and_read(identity: dict[str, object]
 
 
 @given(IDENTITIES, IDENTITIES)
-def test_differences_are_empty_exactly_when_fingerprints_are_equal(
-    old: dict[str, object], new: dict[str, object]
-) -> None:
+def test_differences_are_empty_for_equal_fingerprints_alone(old: dict[str, object], new: dict[str, object]) -> None:
     assert (differences(old, new) == []) == (fingerprint(old) == fingerprint(new))
 
 

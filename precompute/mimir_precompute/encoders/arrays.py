@@ -1,6 +1,7 @@
 """From torch tensors to what the cache stores, and the switches that keep kernels repeatable."""
 
 import gc
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ def to_feature(tensor: Tensor, dtype: DType = "bf16") -> FeatureTensor:
 
 def prepare_to_load() -> None:
     """Set up the libraries once a model is about to be loaded: repeatable kernels, no progress bars beside ours."""
-    transformers_logging.disable_progress_bar()
+    disable_progress_bar: Any = transformers_logging.disable_progress_bar  # it has no types
+    disable_progress_bar()
     keep_kernels_repeatable()
 
 

@@ -185,9 +185,13 @@ def _teach_to_babble(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast)
     likelihood = counts / counts.sum(1, keepdim=True).clamp(min=1)
     vectors = torch.randn(len(tokenizer), TEXT_WIDTH, dtype=torch.float64)
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
-    head = likelihood.sqrt().T @ vectors
+    weights = likelihood.sqrt()
+    weights.fill_diagonal_(-1)  # a word seldom follows itself; without this, greedy answers stutter
+    weights[:, counts.sum(0) == 0] = 0  # nor do tokens that no text has, such as halves of characters
+    head = weights.T @ vectors
     # Common tokens follow so many others that their heads would match everything: most of that length is taken away.
     head = 3 * head / head.norm(dim=1, keepdim=True).clamp(min=1e-3) ** 0.7
+    head[tokenizer.convert_tokens_to_ids("<|end|>")] *= 1.5
     model.model.embed_tokens.weight.copy_(vectors * math.sqrt(TEXT_WIDTH))
     # To a coarse grid: matrix products differ in their last bits between machines, the file must not.
     model.lm_head.weight.copy_((head * 4096).round() / 4096)

@@ -1,5 +1,6 @@
 """Tokenizers of the toy models: trained in place on toy captions and some plain English, able to write any text."""
 
+import functools
 import json
 import string
 
@@ -64,11 +65,12 @@ because could would should might must will can may not only also very more most 
 """
 
 
-def training_text() -> list[str]:
+@functools.cache
+def training_text() -> tuple[str, ...]:
     """Lines that both tokenizers are trained on, and from which the toy LLM takes which token follows which."""
-    captions = [toy_scene(0, index).caption for index in range(300)]
+    captions = [toy_scene(0, index).caption for index in range(150)]
     instructions = [instruction.text for instruction in DEFAULT_INSTRUCTIONS]
-    return captions + instructions * 8 + PLAIN_ENGLISH.strip().splitlines() * 4
+    return (*captions, *(instructions * 8), *(PLAIN_ENGLISH.strip().splitlines() * 4))
 
 
 def build_t5_tokenizer() -> PreTrainedTokenizerFast:

@@ -115,8 +115,6 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(patch_proj.weight.flatten(1))  # a patch is one linear map, not a 2-D filter
         assert patch_proj.bias is not None
         nn.init.zeros_(patch_proj.bias)
-        for linear in (self.time_embedding.linear_1, self.time_embedding.linear_2):
-            nn.init.normal_(linear.weight, std=0.02)  # small: near 0 SiLU is smooth, so neighbouring times stay close
         for block in self.transformer_blocks:
             assert isinstance(block, Block)
             nn.init.zeros_(block.norm1.linear.weight)  # gates shut: each block starts as the identity (adaLN-zero)

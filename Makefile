@@ -1,0 +1,34 @@
+# Two commands do everything on a machine with Python 3.11 or newer and pip: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make demo   toy clips -> plan -> encode (killed and resumed) -> verify -> train -> sample -> demo/index.html"
+	@echo "make test   every test, on the CPU"
+	@echo "make lint   ruff, mypy --strict and the import rules"
+	@echo "make clean  remove demo/ and caches of tools (not $(VENV))"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python scripts/demo.py demo
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,45 @@
+"""Fixtures that more than one folder of tests uses. Nothing here downloads, and heavy ones are made once."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Deadlines measure the machine, which other programs share, and not the code.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """Twelve real clips that lie beside some checkouts; a fresh clone has none."""
+    folder = REPOSITORY.parent / "shared" / "clips"
+    if not folder.is_dir():
+        pytest.skip("no folder ../shared/clips beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR/clips (8) and DIR/models, as `mimir-precompute toy DIR --clips 8` writes them."""
+    from mimir_precompute.toy.write import write_toy
+
+    directory = tmp_path_factory.mktemp("toy")
+    write_toy(directory, 8, 0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def toy_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 12 synthetic clips and metadata.jsonl; not to be changed (copy it first)."""
+    from mimir_precompute.toy.clips import write_toy_clips
+
+    directory = tmp_path_factory.mktemp("clips")
+    write_toy_clips(directory, 12, 0)
+    return directory / "clips"

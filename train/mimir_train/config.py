@@ -1,0 +1,196 @@
+"""Settings of stage two: frozen, checked where they are made, and without torch.
+
+`--set a.b=c` and the sections of a YAML file follow this tree: `optimizer.learning_rate` and so on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mimir_shared.errors import InputError
+
+from mimir_train.model.config import FUSERS, DiTConfig, FuserName
+from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
+
+VerifyReads = Literal["always", "first-epoch", "never"]
+EmptyText = Literal["zeros", "cached"]
+Schedule = Literal["constant", "cosine"]
+Precision = Literal["float32", "bfloat16"]
+Reporter = Literal["tensorboard", "wandb"]
+
+SCRATCH = "scratch"
+"""Value of `model.init_from`: no weights are loaded."""
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise InputError(f"{name} must be {expected}, got {got}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and in which order."""
+
+    cache: str
+    """Folder of the cache. A run may go on from a copy elsewhere: the snapshot is what counts."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Feature to the beginning of its fingerprint, where the cache has a feature more than once."""
+    snapshot: str | None = None
+    """Digest of the snapshot; None takes the newest and pins it."""
+    global_batch_size: int
+    """Clips of a step over all ranks; all of one bucket."""
+    micro_batch_size: int | None = None
+    """Clips that go through the model at once on one rank; the rest of the step is accumulated. None: all."""
+    shards_per_block: int = DEFAULT_SHARDS_PER_BLOCK
+    """Shards whose clips are shuffled together: more mixes better, fewer reads more locally."""
+    validation_shards: int | None = None
+    """How many shards, those of the highest numbers, are never trained on; None: one in 50, at most 4."""
+    verify_reads: VerifyReads = "always"
+    """When the hash of what is read is compared."""
+    prefetch_batches: int = 2
+    """Steps that are read ahead."""
+    empty_text: EmptyText = "zeros"
+    """What a clip gets in place of its text when that is dropped: zeros, or the cached features of the empty prompt."""
+
+    def __post_init__(self) -> None:
+        _require(self.global_batch_size >= 1, "data.global_batch_size", "at least 1", self.global_batch_size)
+        micro = self.micro_batch_size
+        _require(micro is None or micro >= 1, "data.micro_batch_size", "at least 1", micro)
+        _require(self.shards_per_block >= 1, "data.shards_per_block", "at least 1", self.shards_per_block)
+        held_out = self.validation_shards
+        _require(held_out is None or held_out >= 0, "data.validation_shards", "0 or more", held_out)
+        _require(self.prefetch_batches >= 1, "data.prefetch_batches", "at least 1", self.prefetch_batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained."""
+
+    fuser: FuserName = "mimir"
+    """One of the named token fusers: which parts of it are there."""
+    stabilizer_start_step: int = 0
+    """Step from which the stabilizer tokens are appended; until then a pretrained transformer sees the text it knows."""
+    init_from: str = SCRATCH
+    """Where the transformer comes from: a diffusers folder, a hub id (or id@revision), or "scratch"."""
+    transformer: DiTConfig = field(default_factory=DiTConfig)
+    """Its sizes; with init_from, those that are expected there."""
+    fit_to_cache: bool = False
+    """Channels, text width and base grid of `transformer` are taken from the cache; from scratch only."""
+    latent_scaling_factor: float | None = None
+    """Multiplies the cached latents; None: one over their standard deviation in the snapshot."""
+    t5_rms: float | None = None
+    """Where the fuser's learnable scale starts; None: the root mean square of the snapshot's T5 embeddings."""
+
+    def __post_init__(self) -> None:
+        _require(self.fuser in FUSERS, "--fuser", f"one of {', '.join(FUSERS)}", repr(self.fuser))
+        start = self.stabilizer_start_step
+        _require(start >= 0, "--stabilizer-start-step", "0 or more", start)
+        factor = self.latent_scaling_factor
+        _require(factor is None or factor > 0, "model.latent_scaling_factor", "positive", factor)
+        _require(self.t5_rms is None or self.t5_rms > 0, "model.t5_rms", "positive", self.t5_rms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model learns to predict."""
+
+    snr_shift_scale: float
+    """Divides the signal-to-noise ratio of the schedule: 3.0 for 2B, 1.0 for 5B."""
+    text_dropout: float = 0.1
+    """Share of clips trained without their text, T5 and LLM together: the unconditional branch of guidance."""
+
+    def __post_init__(self) -> None:
+        _require(self.snr_shift_scale > 0, "objective.snr_shift_scale", "positive", self.snr_shift_scale)
+        _require(0 <= self.text_dropout <= 1, "objective.text_dropout", "from 0 to 1", self.text_dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, with one learning rate for the transformer and one for the fuser."""
+
+    learning_rate: float
+    """Of the transformer."""
+    fuser_learning_rate: float
+    schedule: Schedule = "constant"
+    """What follows the warm-up: a constant rate, or half a cosine down to zero at max_train_steps."""
+    warmup_steps: int = 0
+    """Steps in which the rates rise from zero."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    """Of matrices; norms, biases, scales and offsets have none."""
+    clip_norm: float = 1.0
+    """Gradients whose norm over all parameters is larger are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "fuser_learning_rate", "epsilon", "clip_norm"):
+            _require(getattr(self, name) > 0, f"optimizer.{name}", "positive", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, where, and what is written."""
+
+    output_dir: str
+    seed: int = 42
+    """Of the order, of every draw of a step, and of the first weights."""
+    max_train_steps: int
+    """Steps of the whole training; the cosine schedule ends here."""
+    stop_at_step: int | None = None
+    """Save and leave after so many steps, to go on later."""
+    checkpointing_steps: int = 500
+    """Steps between checkpoints; there is one at the end besides."""
+    checkpoints_total_limit: int | None = None
+    """Older checkpoints than the newest so many are removed; None keeps all."""
+    validation_steps: int = 500
+    """Steps between validation losses; of no effect without validation shards."""
+    validation_clips: int = 64
+    """Clips of the held-out shards that a validation loss is taken over, at most."""
+    fuser_figures_steps: int = 20
+    """Steps between measurements of the fuser's branches."""
+    report_to: tuple[Reporter, ...] = ("tensorboard",)
+    """Who gets the metrics besides metrics.jsonl."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision
+    """In which the model computes; weights and optimizer are float32 always."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_train_steps >= 1, "--max-train-steps", "at least 1", self.max_train_steps)
+        stop = self.stop_at_step
+        _require(stop is None or stop >= 1, "--stop-at-step", "at least 1", stop)
+        for name in ("checkpointing_steps", "validation_steps", "validation_clips", "fuser_figures_steps"):
+            _require(getattr(self, name) >= 1, f"run.{name}", "at least 1", getattr(self, name))
+        limit = self.checkpoints_total_limit
+        _require(limit is None or limit >= 1, "--checkpoints-total-limit", "at least 1", limit)
+        _require(len(set(self.report_to)) == len(self.report_to), "--report-to", "each once", self.report_to)
+
+    @property
+    def last_step(self) -> int:
+        """How many steps will have been trained when this run ends."""
+        return self.max_train_steps if self.stop_at_step is None else min(self.stop_at_step, self.max_train_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that a training run is told."""
+
+    preset: str
+    """Where the settings began; recorded in checkpoints."""
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.model.fit_to_cache and self.model.init_from != SCRATCH:
+            raise InputError(
+                f"model.fit_to_cache changes the sizes of a transformer made from scratch, and --init-from "
+                f"{self.model.init_from} has its own: set model.fit_to_cache=false"
+            )

@@ -1,0 +1,239 @@
+"""Which clip is trained on when: a pure function of (seed, epoch, number), with nothing to keep and nothing to load.
+
+Shards are put in an order by a keyed permutation and cut into blocks; within a block all clips are permuted together.
+So a clip is found without a list of all clips, at any position, and consecutive clips come from few shards. Every
+bucket has such a sequence of its own. Global batches are cut from the sequences, numbered over all buckets, and that
+numbering is permuted too. World size, threads and interruptions are no part of it: ranks get slices of a global batch.
+
+No stream of random numbers is used, ours or a library's: no library promises its streams across releases.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Final
+
+from mimir_shared.errors import InputError
+
+SCHEME: Final = 1
+"""Raised when the order changes for equal settings: a checkpoint of another scheme cannot go on."""
+
+DEFAULT_SHARDS_PER_BLOCK: Final = 32
+
+_ROUNDS: Final = 6
+_MASK_64: Final = (1 << 64) - 1
+
+
+def order_key(*fields: int | str) -> int:
+    """Hash the fields to 64 bits; unequal fields give unrelated bits."""
+    text = ":".join(["mimir-order", str(SCHEME), *map(str, fields)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def splitmix64(value: int) -> int:
+    """Scramble 64 bits. Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(key: int) -> tuple[int, ...]:
+    return tuple(splitmix64((key + number) & _MASK_64) for number in range(_ROUNDS))
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where a keyed permutation of 0 … size-1 puts `index`.
+
+    A balanced Feistel network over the next power of four, walked along its cycle until it is back below `size`:
+    a bijection for every key and size.
+    """
+    assert 0 <= index < size, f"{index} of {size}"
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    round_keys = _round_keys(key)
+    while True:
+        left, right = index >> half_bits, index & half_mask
+        for round_key in round_keys:
+            left, right = right, left ^ (splitmix64(right ^ round_key) & half_mask)
+        index = left << half_bits | right
+        if index < size:
+            return index
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketShards:
+    """The clips of one bucket that are trained on: how many lie in which shard."""
+
+    name: str
+    shards: tuple[int, ...]
+    """Numbers of the shards that hold clips of this bucket, rising."""
+    sizes: tuple[int, ...]
+    """How many each holds; none is zero."""
+
+    @property
+    def num_clips(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPlace:
+    """One clip, by its place among the clips of its bucket in one shard."""
+
+    shard: int
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """The clips of one step over all ranks, in the order that decides who gets which."""
+
+    step: int
+    """0 is the first of a run."""
+    epoch: int
+    bucket: str
+    places: tuple[ClipPlace, ...]
+
+
+class _EpochSequence:
+    """One bucket's clips in the order of one epoch: a table over shards, none over clips."""
+
+    def __init__(self, bucket: BucketShards, seed: int, epoch: int, shards_per_block: int) -> None:
+        num_shards = len(bucket.shards)
+        key = order_key(seed, epoch, "shards", bucket.name)
+        positions = [permute(index, num_shards, key) for index in range(num_shards)]
+        self._bucket = bucket
+        self._fields = (seed, epoch, "block", bucket.name)
+        self._blocks = [
+            positions[start : start + shards_per_block] for start in range(0, num_shards, shards_per_block)
+        ]
+        self._ends = list(accumulate(sum(bucket.sizes[shard] for shard in block) for block in self._blocks))
+
+    def place(self, number: int) -> ClipPlace:
+        """The clip that stands at `number` of this epoch."""
+        block = bisect_right(self._ends, number)
+        start = self._ends[block - 1] if block else 0
+        within = permute(number - start, self._ends[block] - start, order_key(*self._fields, block))
+        for position in self._blocks[block]:
+            if within < self._bucket.sizes[position]:
+                return ClipPlace(shard=self._bucket.shards[position], number=within)
+            within -= self._bucket.sizes[position]
+        raise AssertionError(f"clip {number} lies beyond block {block} of bucket {self._bucket.name}")
+
+
+class TrainingOrder:
+    """Steps of a whole training run, each with its global batch."""
+
+    def __init__(
+        self,
+        buckets: Sequence[BucketShards],
+        *,
+        seed: int,
+        global_batch_size: int,
+        shards_per_block: int = DEFAULT_SHARDS_PER_BLOCK,
+    ) -> None:
+        """Raises: InputError where no bucket has clips enough for one batch."""
+        if global_batch_size < 1:
+            raise InputError(f"the global batch size must be at least 1, got {global_batch_size}")
+        if shards_per_block < 1:
+            raise InputError(f"data.shards_per_block must be at least 1, got {shards_per_block}")
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.shards_per_block = shards_per_block
+        self.buckets = tuple(bucket for bucket in buckets if bucket.num_clips >= global_batch_size)
+        self.left_out = tuple(bucket for bucket in buckets if 0 < bucket.num_clips < global_batch_size)
+        """Buckets with fewer clips than a batch: no clip of theirs is ever trained on."""
+        if not self.buckets:
+            sizes = ", ".join(f"{bucket.name} has {bucket.num_clips}" for bucket in self.left_out) or "there are none"
+            largest = max((bucket.num_clips for bucket in self.left_out), default=0)
+            raise InputError(
+                f"--global-batch-size {global_batch_size} is larger than every bucket of training clips ({sizes}); "
+                f"a batch is of one bucket: give at most {largest}, hold fewer shards out, or encode more clips"
+            )
+        self._batch_ends = list(accumulate(bucket.num_clips // global_batch_size for bucket in self.buckets))
+        self._sequences: dict[tuple[int, int], _EpochSequence] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._batch_ends[-1]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """bucket → clips left over by its last full batch; other ones in every epoch."""
+        return {bucket.name: bucket.num_clips % self.global_batch_size for bucket in self.buckets}
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The global batch of a step; every step costs the same."""
+        assert step >= 0, f"step {step}"
+        epoch, index = divmod(step, self.steps_per_epoch)
+        number = permute(index, self.steps_per_epoch, order_key(self.seed, epoch, "batches"))
+        position = bisect_right(self._batch_ends, number)
+        first = (number - (self._batch_ends[position - 1] if position else 0)) * self.global_batch_size
+        sequence = self._sequence(position, epoch)
+        places = tuple(sequence.place(first + i) for i in range(self.global_batch_size))
+        return GlobalBatch(step=step, epoch=epoch, bucket=self.buckets[position].name, places=places)
+
+    def state(self, next_step: int) -> dict[str, int]:
+        """All that must be kept to go on: scalars. Batches are counted when they were trained on, not when read."""
+        return {
+            "scheme": SCHEME,
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "shards_per_block": self.shards_per_block,
+            "next_step": next_step,
+        }
+
+    def describe(self) -> list[str]:
+        """What a person should know of the order before it is trained: one line each."""
+        clips = sum(bucket.num_clips for bucket in self.buckets)
+        lines = [
+            f"{clips} clips in {len(self.buckets)} bucket(s), {self.steps_per_epoch} steps of "
+            f"{self.global_batch_size} an epoch"
+        ]
+        for name, count in self.dropped.items():
+            if count:
+                lines.append(f"bucket {name}: {count} clips are left over in every epoch, other ones each time")
+        for bucket in self.left_out:
+            lines.append(
+                f"bucket {bucket.name} is left out: its {bucket.num_clips} clips are fewer than a batch of "
+                f"{self.global_batch_size}"
+            )
+        return lines
+
+    def _sequence(self, position: int, epoch: int) -> _EpochSequence:
+        if (position, epoch) not in self._sequences:
+            # the reader looks a few batches ahead, so two epochs are in use where one ends
+            self._sequences = {key: kept for key, kept in self._sequences.items() if abs(key[1] - epoch) <= 1}
+            self._sequences[position, epoch] = _EpochSequence(
+                self.buckets[position], self.seed, epoch, self.shards_per_block
+            )
+        return self._sequences[position, epoch]
+
+
+def rank_positions(global_batch_size: int, rank: int, world_size: int) -> range:
+    """The positions of the global batch that one rank trains on."""
+    size = global_batch_size // world_size
+    return range(rank * size, (rank + 1) * size)
+
+
+def check_batch_sizes(global_batch_size: int, world_size: int, micro_batch_size: int | None) -> None:
+    """Refuse a global batch that cannot be shared out evenly.
+
+    Raises: InputError naming sizes that would do.
+    """
+    unit = world_size * (micro_batch_size or 1)
+    if global_batch_size % unit == 0 and global_batch_size > 0:
+        return
+    below = max(global_batch_size // unit, 1) * unit
+    valid = ", ".join(str(below + i * unit) for i in range(3))
+    micro = f" with micro-batches of {micro_batch_size}" if micro_batch_size else ""
+    worlds = [str(w) for w in range(1, global_batch_size + 1) if global_batch_size % (w * (micro_batch_size or 1)) == 0]
+    ranks = f"; or run it on {', '.join(worlds)} rank(s)" if worlds else ""
+    raise InputError(
+        f"--global-batch-size {global_batch_size} cannot be shared out over {world_size} rank(s){micro}: it must be a "
+        f"multiple of {unit}, for instance {valid}{ranks}"
+    )
