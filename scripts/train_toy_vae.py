@@ -214,13 +214,14 @@ def train(arguments: argparse.Namespace) -> None:
     average = copy.deepcopy(vae).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=1e-4)
     held_out = held_out_clips(24)
+    last_step = min(arguments.stop_at or arguments.steps, arguments.steps)
     started = time.monotonic()
     for step, (pixels, weights) in enumerate(batches(arguments.steps * 3 // 4, seed=0)):
-        if step % arguments.evaluate_every == 0 or step == arguments.steps:
+        if step % arguments.evaluate_every == 0 or step == last_step:
             quality = evaluate(average, held_out, arguments.sheet)
             save(average, quality.latent_std, arguments.output)
             print(f"step {step}, {time.monotonic() - started:.0f} s: {quality}", flush=True)  # noqa: T201
-        if step == arguments.steps:
+        if step == last_step:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, arguments.steps, arguments.lr)
@@ -240,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--stop-at", type=int, help="end there, on the schedule of --steps")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=250)

@@ -51,7 +51,8 @@ ShardSizeOption = Annotated[
     int | None, typer.Option(help="Clips in a shard; default: 256", rich_help_panel=_WHAT, show_default=False)
 ]
 SeedOption = Annotated[
-    int | None, typer.Option(help="Of the shuffle of clips into shards; default: 0", rich_help_panel=_WHAT, show_default=False)
+    int | None,
+    typer.Option(help="Of the shuffle of clips into shards; default: 0", rich_help_panel=_WHAT, show_default=False),
 ]
 LimitOption = Annotated[
     int | None, typer.Option(help="Take the first so many clips.", rich_help_panel=_WHAT, show_default=False)

@@ -80,7 +80,9 @@ def read_clip_list(
     if path.is_dir():
         metadata = [path / name for name in METADATA_NAMES if (path / name).is_file()]
         if len(metadata) > 1:
-            raise InputError(f"{path}: {len(metadata)} metadata files, expected one; name the file instead of the folder")
+            raise InputError(
+                f"{path}: {len(metadata)} metadata files, expected one; name the file instead of the folder"
+            )
         tars = [] if metadata else sorted(str(entry) for entry in path.glob("*.tar"))
         if metadata:
             clips = _read_table(metadata[0], video_key, caption_key, limit)
@@ -187,7 +189,9 @@ def _add_row(
         return
     assert isinstance(source, str) and isinstance(caption, str), where
     key_column = next((name for name in _KEY_COLUMNS if row.get(name) not in (None, "")), None)
-    trim = "" if start_s is None and end_s is None else f"#{start_s or 0:g}-{'' if end_s is None else format(end_s, 'g')}"
+    trim = (
+        "" if start_s is None and end_s is None else f"#{start_s or 0:g}-{'' if end_s is None else format(end_s, 'g')}"
+    )
     clips.keys.append(f"{source}{trim}" if key_column is None else str(row[key_column]))
     clips.sources.append(source)
     clips.captions.append(caption)

@@ -5,13 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mimir_shared.errors import CacheError, InputError
-from mimir_shared.feature_folder import find_features, select_features
-from mimir_shared.features import FEATURES, FeatureName
-from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.snapshot import Snapshot, write_snapshot
-from mimir_shared.storage import LocalStorage, open_storage
-
 from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.config import (
     AnswersSettings,
@@ -29,6 +22,12 @@ from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_p
 from mimir_precompute.presets import PRESETS, Preset, find_preset
 from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import VerifyReport
+from mimir_shared.errors import CacheError, InputError
+from mimir_shared.feature_folder import find_features, select_features
+from mimir_shared.features import FEATURES, FeatureName
+from mimir_shared.plan_file import Plan, read_plan
+from mimir_shared.snapshot import Snapshot, write_snapshot
+from mimir_shared.storage import LocalStorage, open_storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +197,11 @@ def encode_settings(
     )
     parse_choice("--t5-rows", request.t5_rows, ("all", "ragged"))
     sizes = preset or PRESETS["cogvideox-5b"]
+    vae = model_source(request, preset, "vae", "latents" in features)
     llm = model_source(request, preset, "llm", "llm" in features or "answers" in features)
     return EncodeSettings(
         latents=VaeSettings(
-            source=model_source(request, preset, "vae", "latents" in features),
+            source=vae,
             dtype=dtype,
             stored=tuple(dict.fromkeys(stored)),
             tiling=request.vae_tiling,
@@ -227,7 +227,10 @@ def encode_settings(
 
 
 def model_source(
-    request: EncodeRequest, preset: Preset | None, part: Literal["vae", "text_encoder", "tokenizer", "llm"], needed: bool
+    request: EncodeRequest,
+    preset: Preset | None,
+    part: Literal["vae", "text_encoder", "tokenizer", "llm"],
+    needed: bool,
 ) -> ModelSource:
     """Where one model lies: its own option, else --models, else the preset's hub id."""
     own = {"vae": request.vae, "text_encoder": request.t5, "tokenizer": request.t5, "llm": request.llm}[part]
@@ -333,7 +336,9 @@ def describe_outcome(cache: str, outcome: EncodeOutcome) -> str:
 
 def describe_status(cache: str, status: CacheStatus) -> str:
     """The table of `status`."""
-    lines = [f"{cache}: {status.clips} clips in {status.shards} shards, {'complete' if status.complete else 'unfinished'}"]
+    lines = [
+        f"{cache}: {status.clips} clips in {status.shards} shards, {'complete' if status.complete else 'unfinished'}"
+    ]
     lines.append(f"{'feature':<9}{'fingerprint':<14}{'shards':>12}{'ok':>9}{'quarantined':>13}{'MB':>11}")
     for name in FEATURES:
         for one in status.features.get(name, []):
@@ -365,7 +370,29 @@ def describe_verification(cache: str, report: VerifyReport) -> str:
 
 
 def describe_inspection(described: dict[str, Any]) -> str:
-    """All that is known of one clip, indented as YAML."""
-    import yaml
+    """All that is known of one clip, a line for each fact."""
+    lines = [f"{name}: {value}" for name, value in described.items() if name != "features" and value is not None]
+    for feature, facts in described["features"].items():
+        lines.append(f"{feature}: {facts['status']}")
+        for name, value in facts.items():
+            if name == "tensors":
+                lines += [f"    {_describe_tensor(tensor)}" for tensor in value]
+            elif name == "document":
+                lines += [f"    {line}" for line in _describe_document(value)]
+            elif name != "status" and value is not None:
+                lines.append(f"    {name}: {value}")
+    return "\n".join(lines)
 
-    return str(yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=110)).rstrip()
+
+def _describe_tensor(tensor: dict[str, Any]) -> str:
+    shape = "x".join(str(size) for size in tensor["shape"])
+    values = "".join(f" {name} {tensor[name]:.4g}" for name in ("mean", "std", "min", "max") if name in tensor)
+    return f"{tensor['name']}: {tensor['dtype']} {shape}, {tensor['nbytes']} bytes at {tensor['offset']}{values}"
+
+
+def _describe_document(document: dict[str, Any]) -> list[str]:
+    lines = []
+    for variant, answers in enumerate(document.get("variants", ())):
+        lines.append(f"answer {variant}: {answers['answer']['text']!r}")
+        lines += [f"answer {variant}, {one['name']}: {one['text']!r}" for one in answers["instructions"]]
+    return lines + [f"{name}: {value}" for name, value in document.items() if name not in ("variants", "bucket")]

@@ -8,13 +8,12 @@ import hashlib
 import os
 from typing import Literal
 
+from mimir_precompute.shard_writer import FinishedShard
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.formats.webdataset import ENDING
 from mimir_shared.layout import data_name
 from mimir_shared.manifest import DataFile, RecordMetadata, write_record
 from mimir_shared.storage import TemporaryFile
-
-from mimir_precompute.shard_writer import FinishedShard
 
 CommitResult = Literal["committed", "same", "other"]
 

@@ -20,7 +20,9 @@ def load_decoder(source: ModelSource, identity: Mapping[str, Any], device: str) 
     model = resolve_model(source, PARTS["latents"])
     encoded_with = identity["model"]["sha256"]
     if dict(model.digests) != encoded_with:
-        changed = sorted(name for name in {*model.digests, *encoded_with} if model.digests.get(name) != encoded_with.get(name))
+        changed = sorted(
+            name for name in {*model.digests, *encoded_with} if model.digests.get(name) != encoded_with.get(name)
+        )
         raise CacheError(
             f"{model.folder}: not the VAE that made these latents ({', '.join(changed)} differ); give the one that was "
             f"used: {identity['model']['name']} {identity['model']['commit'] or ''}".rstrip()

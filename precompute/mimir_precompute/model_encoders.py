@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from mimir_precompute.config import EncodeSettings, Geometry
 from mimir_precompute.encoders.base import Encoder, JsonValue
+from mimir_precompute.encoders.build import build_encoder
 from mimir_precompute.identity import FeatureModels, feature_identity, resolve_models
 from mimir_shared.features import FeatureName
 
@@ -37,22 +38,4 @@ class ModelEncoders:
         return sizes[feature]
 
     def build(self, feature: FeatureName) -> Encoder:
-        models, device = self._models[feature], self._settings.device
-        match feature:
-            case "latents":
-                from mimir_precompute.encoders.vae import VaeEncoder
-
-                return VaeEncoder(models.model, self._settings.latents, device)
-            case "t5":
-                from mimir_precompute.encoders.t5 import T5Encoder
-
-                assert models.tokenizer is not None, "t5 has a tokenizer"
-                return T5Encoder(models.model, models.tokenizer, self._settings.t5, device)
-            case "answers":
-                from mimir_precompute.encoders.answers import AnswersEncoder
-
-                return AnswersEncoder(models.model, self._settings.answers, device)
-            case "llm":
-                from mimir_precompute.encoders.llm import LlmEncoder
-
-                return LlmEncoder(models.model, self._settings.llm, self._settings.answers.instructions, device)
+        return build_encoder(feature, self._settings, self._models[feature], self._settings.device)

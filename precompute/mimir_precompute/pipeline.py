@@ -9,6 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from mimir_precompute.commit import commit_shard
+from mimir_precompute.encoders.base import Encoder, EncoderInput, JsonValue
+from mimir_precompute.plan import geometry_of
+from mimir_precompute.prepare import ClipPreparer, Copied, Prepared, Ready, Rejected, in_batches, prepare_ahead
+from mimir_precompute.progress import Progress
+from mimir_precompute.provenance import RunLog
+from mimir_precompute.shard_writer import ShardWriter
 from mimir_shared.errors import CacheError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
@@ -19,14 +26,6 @@ from mimir_shared.plan_file import Plan
 from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_sealed_tensors
 from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
 from mimir_shared.storage import LocalStorage, machine_faults
-
-from mimir_precompute.commit import commit_shard
-from mimir_precompute.encoders.base import Encoder, EncoderInput, JsonValue
-from mimir_precompute.plan import geometry_of
-from mimir_precompute.prepare import ClipPreparer, Copied, Prepared, Ready, Rejected, in_batches, prepare_ahead
-from mimir_precompute.progress import Progress
-from mimir_precompute.provenance import RunLog
-from mimir_precompute.shard_writer import ShardWriter
 
 
 class EncoderSource(Protocol):

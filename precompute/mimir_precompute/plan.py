@@ -7,14 +7,13 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
+from mimir_precompute.clip_list import ClipList
+from mimir_precompute.config import Bucket, Geometry
+from mimir_precompute.presets import find_preset
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.layout import plan_name
 from mimir_shared.plan_file import OWN_COLUMNS, Plan, PlanFile, PlanSettings, read_plan_file, write_plan
 from mimir_shared.storage import LocalStorage
-
-from mimir_precompute.clip_list import ClipList
-from mimir_precompute.config import Bucket, Geometry
-from mimir_precompute.presets import find_preset
 
 DEFAULT_SHARD_SIZE = 256
 _REMOVAL_LIMIT = 0.5
@@ -40,7 +39,9 @@ class PlanRequest:
     def geometry(self) -> Geometry:
         """Of a first plan. Raises InputError where neither a preset nor buckets are given."""
         if self.preset is None and not self.buckets:
-            raise InputError("no geometry: give --preset (tiny, cogvideox-2b, cogvideox-5b), or --bucket FxHxW and --fps")
+            raise InputError(
+                "no geometry: give --preset (tiny, cogvideox-2b, cogvideox-5b), or --bucket FxHxW and --fps"
+            )
         default = find_preset(self.preset).geometry if self.preset is not None else None
         fps = self.fps if self.fps is not None else (default.fps if default else None)
         if fps is None:
@@ -201,7 +202,9 @@ def _write(
 ) -> PlanFile:
     # A hash of the key, not a random generator: the shard of a clip does not depend on the order of the
     # list, nor on the version of a library.
-    order = sorted(fresh, key=lambda i: (xxhash.xxh3_64_intdigest(clips.keys[i].encode(), settings.seed), clips.keys[i]))
+    order = sorted(
+        fresh, key=lambda i: (xxhash.xxh3_64_intdigest(clips.keys[i].encode(), settings.seed), clips.keys[i])
+    )
     count, gone = len(order), len(removed)
     columns: dict[str, list[Any]] = {
         "key": [clips.keys[i] for i in order] + removed,
@@ -233,7 +236,9 @@ def _extra_array(values: list[Any], order: list[int], gone: int) -> pa.Array:
         return pa.array(chosen)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         # a column of mixed types keeps its values as JSON text
-        return pa.array([None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in chosen])
+        return pa.array(
+            [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in chosen]
+        )
 
 
 def report_json(report: PlanReport) -> str:

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimir_shared.errors import InputError, MachineError
-from mimir_shared.feature_folder import FeatureFolder
-from mimir_shared.features import FeatureName
-from mimir_shared.formats.webdataset import read_document, read_tensors
-from mimir_shared.manifest import CommitRecord, SampleRecord
-from mimir_shared.plan_file import Plan, PlannedClip
-
 from mimir_precompute.clip_source import hash_source
 from mimir_precompute.clips import read_clip
 from mimir_precompute.config import Geometry
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.rejection import ClipRejected, RejectionReason
 from mimir_precompute.shard_writer import caption_hash
+from mimir_shared.errors import InputError, MachineError
+from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.features import FeatureName
+from mimir_shared.formats.webdataset import read_document, read_tensors
+from mimir_shared.manifest import CommitRecord, SampleRecord
+from mimir_shared.plan_file import Plan, PlannedClip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +56,7 @@ Prepared = Ready | Copied | Rejected
 class ClipPreparer:
     """Prepares the rows of a plan for one feature. Called from several threads at once."""
 
-    def __init__(
-        self, plan: Plan, geometry: Geometry, folder: FeatureFolder, answers: FeatureFolder | None
-    ) -> None:
+    def __init__(self, plan: Plan, geometry: Geometry, folder: FeatureFolder, answers: FeatureFolder | None) -> None:
         self._plan = plan
         self._geometry = geometry
         self._folder = folder

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mimir_shared.errors import InputError
-
 from mimir_precompute.config import Bucket, ComputeDType, Geometry
+from mimir_shared.errors import InputError
 
 PresetName = Literal["tiny", "cogvideox-2b", "cogvideox-5b"]
 

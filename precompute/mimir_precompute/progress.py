@@ -65,9 +65,7 @@ class Progress:
         self._clips += clips
         self._quarantined = self._quarantined_before + quarantined
         elapsed = max(time.monotonic() - self._started, 1e-6)
-        speed = (
-            f"{self._clips / elapsed:.1f} clips/s · {self._nbytes / 1e9:.2f} GB · {self._quarantined} quarantined"
-        )
+        speed = f"{self._clips / elapsed:.1f} clips/s · {self._nbytes / 1e9:.2f} GB · {self._quarantined} quarantined"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._clips, speed=speed)
         now = time.monotonic()

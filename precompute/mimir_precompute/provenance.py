@@ -13,9 +13,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from mimir_shared.storage import LocalStorage
-
 from mimir_precompute.shard_writer import FinishedShard
+from mimir_shared.storage import LocalStorage
 
 _LIBRARIES = ("mimir-t2v", "torch", "transformers", "diffusers", "tokenizers", "av", "numpy")
 

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from mimir_precompute.encoders.base import Encoded
+from mimir_precompute.rejection import ClipRejected
 from mimir_shared.features import FeatureTensor, TensorSpec
 from mimir_shared.formats.webdataset import WebDatasetWriter
 from mimir_shared.manifest import SampleRecord, TensorStatistics
 from mimir_shared.plan_file import PlannedClip
 from mimir_shared.statistics import StatisticsBuilder
 from mimir_shared.storage import TemporaryFile
-
-from mimir_precompute.encoders.base import Encoded
-from mimir_precompute.rejection import ClipRejected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +95,7 @@ class ShardWriter:
             )
         )
 
-    def add_copy(
-        self, clip: PlannedClip, original: SampleRecord, copied: Encoded, specs: Sequence[TensorSpec]
-    ) -> None:
+    def add_copy(self, clip: PlannedClip, original: SampleRecord, copied: Encoded, specs: Sequence[TensorSpec]) -> None:
         """Append a sample that was encoded before from the same input."""
         self.add(clip, copied, specs, bucket=original.bucket, source_xxh3=original.source_xxh3)
 

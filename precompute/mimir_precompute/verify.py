@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.shard_writer import caption_hash, check_tensors
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
 from mimir_shared.formats.webdataset import read_document, read_tensors
@@ -16,9 +18,6 @@ from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.sealed import check_sealed_tensors, read_sealed_json
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.storage import LocalStorage
-
-from mimir_precompute.rejection import ClipRejected
-from mimir_precompute.shard_writer import caption_hash, check_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

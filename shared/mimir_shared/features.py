@@ -52,9 +52,7 @@ class TensorSpec:
             want is None or got == want for got, want in zip(array.shape, self.sizes, strict=False)
         )
         if not fits:
-            expected = ", ".join(
-                f"{d}={'any' if s is None else s}" for d, s in zip(self.dims, self.sizes, strict=True)
-            )
+            expected = ", ".join(f"{d}={'any' if s is None else s}" for d, s in zip(self.dims, self.sizes, strict=True))
             return f"{self.name!r} has dims {tuple(array.shape)}, expected ({expected})"
         return None
 

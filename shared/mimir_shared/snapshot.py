@@ -108,7 +108,9 @@ def write_snapshot(storage: LocalStorage, plan: Plan, folders: Mapping[FeatureNa
         "left_out": dict(sorted(builder.left_out.items())),
         "index_sha256": hashlib.sha256(index).hexdigest(),
         "features": {
-            feature: json.loads(builder.feature(feature).model_dump_json()) for feature in FEATURES if feature in folders
+            feature: json.loads(builder.feature(feature).model_dump_json())
+            for feature in FEATURES
+            if feature in folders
         },
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -130,7 +132,9 @@ class _IndexBuilder:
     def __init__(self, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]) -> None:
         self._plan = plan
         self._folders = folders
-        self._clip_columns: dict[str, list[Any]] = {n: [] for n in ("key", "shard", "row", "bucket", "caption", "source")}
+        self._clip_columns: dict[str, list[Any]] = {
+            n: [] for n in ("key", "shard", "row", "bucket", "caption", "source")
+        }
         self._columns = {feature: _FeatureColumns(*([] for _ in range(8))) for feature in folders}
         self._files: dict[FeatureName, list[str]] = {feature: [] for feature in folders}
         self._records: dict[FeatureName, list[tuple[int, int, str]]] = {feature: [] for feature in folders}

@@ -27,7 +27,7 @@ def _jsonl(folder: Path, *lines: object) -> Path:
 
 def test_jsonl_csv_and_parquet_give_the_same_clips(tmp_path: Path) -> None:
     _videos(tmp_path, "a.mp4", "sub/b.mp4")
-    rows = [{"file_name": "a.mp4", "text": "A é", "score": 1}, {"file_name": "sub/b.mp4", "text": "B, \"b\"", "score": 2}]
+    rows = [{"file_name": "a.mp4", "text": "A é", "score": 1}, {"file_name": "sub/b.mp4", "text": 'B, "b"', "score": 2}]
     _jsonl(tmp_path, *rows)
     (tmp_path / "list.csv").write_text('file_name,text,score\na.mp4,A é,1\nsub/b.mp4,"B, ""b""",2\n', encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet")

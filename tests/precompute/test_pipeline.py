@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.fake_encoders import FakeEncoders, encode_fake, tree
 
 from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
@@ -21,7 +22,6 @@ from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.storage import LocalStorage
-from tests.fake_encoders import FakeEncoders, encode_fake, tree
 
 
 def encode(clips: Path | None, cache: Path, encoders: FakeEncoders | None = None, **options: Any) -> EncodeOutcome:
@@ -141,7 +141,9 @@ def test_changed_video_bytes_make_its_latents_again_and_copy_its_text(own_clips:
     cache = tmp_path / "cache"
     encode(own_clips, cache)
     names = sorted(captions_of(own_clips))
-    other = next(name for name in names[1:] if (own_clips / name).stat().st_size != (own_clips / names[0]).stat().st_size)
+    other = next(
+        name for name in names[1:] if (own_clips / name).stat().st_size != (own_clips / names[0]).stat().st_size
+    )
     shutil.copy(own_clips / other, own_clips / names[0])
     encoders = FakeEncoders()
     outcome = encode(own_clips, cache, encoders)
@@ -260,9 +262,7 @@ def test_a_clip_without_answers_has_no_hidden_states_either(toy_clips: Path, tmp
     record = folder.read_record(shard, 0)
     samples = list(record.samples)
     samples[row] = replace(samples[row], status="quarantined", stage="encode", reason="nonfinite", stored=None)
-    metadata = record.metadata.model_copy(
-        update={"ok": record.metadata.ok - 1, "quarantined": 1, "generation": 1}
-    )
+    metadata = record.metadata.model_copy(update={"ok": record.metadata.ok - 1, "quarantined": 1, "generation": 1})
     folder.storage.create(folder.record_path(shard, 1), write_record(metadata, samples))
     outcome = encode(None, tmp_path, features=("llm",), max_quarantined=1.0)
     assert outcome.quarantined == {key: "answers: nonfinite"}

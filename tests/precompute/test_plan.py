@@ -42,7 +42,11 @@ def _rows(plan: Plan) -> dict[str, tuple[int, int]]:
     return {c.key: (c.shard, c.row) for shard in range(plan.num_shards) for c in plan.shard_clips(shard)}
 
 
-@given(st.sets(st.text(min_size=1, max_size=8), min_size=1, max_size=40), st.integers(0, 2**32), st.integers(1, 9))
+@given(
+    keys=st.sets(st.text(min_size=1, max_size=8), min_size=1, max_size=40),
+    seed=st.integers(0, 2**32),
+    shard_size=st.integers(1, 9),
+)
 def test_every_clip_stands_in_one_row_whatever_the_order_of_the_list(
     keys: set[str], seed: int, shard_size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

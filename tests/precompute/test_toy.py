@@ -353,7 +353,7 @@ def test_llm_suits_vllm_and_chats_like_phi3(models: Path) -> None:
         )
         output = llm.generate(**encoded, do_sample=False, max_new_tokens=64)
         answer = tokenizer.decode(output[0, encoded.input_ids.shape[1] :], skip_special_tokens=True)
-        assert answer.isprintable()
+        assert answer.replace("\n", " ").isprintable()
         answers.add(answer)
     assert len(answers) >= 5
     assert min(len(answer) for answer in answers) > 0

@@ -47,7 +47,9 @@ def test_the_library_reads_what_we_write_and_so_do_we(described: dict[str, tuple
 
 
 @given(tensors_strategy)
-def test_each_place_holds_the_bytes_of_its_tensor_without_gaps(described: dict[str, tuple[str, list[int], int]]) -> None:
+def test_each_place_holds_the_bytes_of_its_tensor_without_gaps(
+    described: dict[str, tuple[str, list[int], int]],
+) -> None:
     tensors = {name: _tensor(*what) for name, what in described.items()}
     data = tensors_to_safetensors(tensors)
     places = read_header(data, "here")

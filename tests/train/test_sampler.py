@@ -1,7 +1,6 @@
 """The sampler against diffusers' CogVideoXPipeline: same weights, same noise, same text."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,16 +40,21 @@ CONFIG = DiTConfig(
 
 @pytest.fixture(scope="module")
 def dit() -> DiT:
-    """Random weights, none of them zero, of a size that keeps 8 guided steps finite."""
+    """Random weights, none of them zero, that keep the size of what goes in, so that the text counts for something."""
     torch.manual_seed(0)
     model = DiT(CONFIG)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.3 * CONFIG.width**-0.5)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def pipeline_class_and_twin(dit: DiT, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def diffusers_twin(dit: DiT, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The official model with the same weights; diffusers has no types."""
     folder = tmp_path_factory.mktemp("transformer")
     save_transformer(CONFIG, dit.state_dict(), folder)
     return CogVideoXTransformer3DModel.from_pretrained(folder, low_cpu_mem_usage=False)
@@ -105,16 +109,83 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("scheduler", ["dpm", "ddim"])
 def test_final_latents_equal_those_of_the_diffusers_pipeline(
     dit: DiT,
-    pipeline_class_and_twin: Any,
+    diffusers_twin: Any,
     scheduler: SchedulerName,
     snr_shift_scale: float,
     guidance: tuple[GuidanceName, float],
 ) -> None:
     name, scale = guidance
     got = ours(dit, scheduler, snr_shift_scale, Guidance(name=name, scale=scale))
-    expected = theirs(pipeline_class_and_twin, scheduler, snr_shift_scale, scale, dynamic=name == "official")
+    expected = theirs(diffusers_twin, scheduler, snr_shift_scale, scale, dynamic=name == "official")
     assert expected.shape == got.shape == (1, *LATENT_SHAPE)
     assert torch.isfinite(expected).all()
     error = relative_error(got, expected)
-    print(scheduler, snr_shift_scale, guidance, error, float(expected.std()))
     assert error < 1e-4, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("name", ["fixed", "ramp", "official"])
+def test_each_guidance_moves_the_latents_by_far_more_than_the_tolerance(dit: DiT, name: GuidanceName) -> None:
+    unguided = ours(dit, "ddim", 1.0, Guidance(name="fixed", scale=1.0))
+    assert relative_error(ours(dit, "ddim", 1.0, Guidance(name=name, scale=6.0)), unguided) > 0.01
+
+
+def test_guidance_of_one_asks_the_model_once_a_step_and_never_reads_the_unconditional_tokens(dit: DiT) -> None:
+    generator = sample_generator(0, "", 0)
+    noise = initial_noise(LATENT_SHAPE, generator)
+    unread = torch.full(TEXT_SHAPE, math.nan)
+    stepper = make_scheduler("ddim", 1.0, 2)
+    got = denoise(dit, stepper, noise, texts()[0], unread, Guidance(name="fixed", scale=1.0), generator)
+    assert torch.isfinite(got).all()
+
+
+def test_fixed_guidance_is_the_same_at_every_step() -> None:
+    assert {guidance_scale_at("fixed", 6.0, i, 999 - 20 * i, 50) for i in range(50)} == {6.0}
+
+
+def test_ramp_rises_from_one_with_the_step_index() -> None:
+    scales = [guidance_scale_at("ramp", 6.0, i, 999 - 20 * i, 50) for i in range(50)]
+    assert scales[0] == 1.0
+    assert scales == sorted(scales)
+    assert scales[-1] == pytest.approx(1 + 6 * (1 - math.cos(math.pi * 0.98**5)) / 2)
+    assert scales[-1] > 6.5
+
+
+def test_official_guidance_reads_the_raw_timestep_and_so_jumps_about() -> None:
+    scales = [guidance_scale_at("official", 6.0, i, 999 - 20 * i, 50) for i in range(50)]
+    assert scales[-1] == pytest.approx(1 + 6 * (1 - math.cos(math.pi * ((50 - 19) / 50) ** 5)) / 2)
+    assert scales != sorted(scales)
+    assert all(1 <= scale <= 7 for scale in scales)
+
+
+def test_guidance_of_one_is_the_prediction_with_text_and_of_zero_the_one_without() -> None:
+    conditional, unconditional = torch.tensor([3.0]), torch.tensor([1.0])
+    assert apply_guidance(unconditional, conditional, 1.0) == conditional
+    assert apply_guidance(unconditional, conditional, 0.0) == unconditional
+    assert apply_guidance(unconditional, conditional, 6.0) == torch.tensor([13.0])
+
+
+def test_noise_depends_on_seed_prompt_and_index_alone() -> None:
+    def noise(seed: int, prompt: str, index: int) -> Tensor:
+        return initial_noise((2, 1, 2, 2), sample_generator(seed, prompt, index))
+
+    assert torch.equal(noise(0, "a cat", 1), noise(0, "a cat", 1))
+    others = [noise(1, "a cat", 1), noise(0, "a dog", 1), noise(0, "a cat", 0), noise(0, "a cat1", 1)]
+    assert not any(torch.equal(noise(0, "a cat", 1), other) for other in others)
+
+
+@pytest.mark.parametrize("name", ["dpm", "ddim"])
+@pytest.mark.parametrize("snr_shift_scale", [3.0, 1.0])
+def test_schedulers_have_the_noise_schedule_of_training(name: SchedulerName, snr_shift_scale: float) -> None:
+    of_training = shifted_zero_snr_alphas(snr_shift_scale)
+    torch.testing.assert_close(build_scheduler(name, snr_shift_scale).alphas_cumprod.double(), of_training.double())
+
+
+def test_timesteps_are_trailing_so_the_first_step_sees_pure_noise() -> None:
+    assert list(make_scheduler("dpm", 1.0, 4).timesteps) == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, "expected 1 to 1000"), (1001, "1 to 1000"), (61, "62 steps")])
+def test_numbers_of_steps_that_the_scheduler_cannot_do_are_refused(steps: int, expected: str) -> None:
+    with pytest.raises(InputError, match=expected) as caught:
+        make_scheduler("ddim", 1.0, steps)
+    assert caught.value.exit_code == 2

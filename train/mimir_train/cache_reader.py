@@ -26,7 +26,6 @@ from mimir_shared.safetensors_bytes import TensorPlace, read_tensors, tensor_at
 from mimir_shared.sealed import check_sealed_tensors
 from mimir_shared.snapshot import Snapshot, incomplete_shards, list_snapshots, read_index
 from mimir_shared.storage import LocalStorage, open_storage
-
 from mimir_train.order import BucketShards, ClipPlace
 
 NEEDED: Final[tuple[FeatureName, ...]] = ("latents", "t5")

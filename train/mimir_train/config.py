@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mimir_shared.errors import InputError
-
 from mimir_train.model.config import FUSERS, DiTConfig, FuserName
 from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
 

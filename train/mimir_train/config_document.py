@@ -15,7 +15,6 @@ import yaml
 
 from mimir_shared.errors import InputError
 from mimir_shared.fingerprint import differences
-
 from mimir_train.config import TrainConfig
 
 Document = dict[str, Any]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mimir_precompute.config import (
@@ -33,6 +32,7 @@ from mimir_precompute.inspect_clip import write_video
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.features import FEATURES, FeatureName, FeatureTensor
 from mimir_shared.fingerprint import differences
+from mimir_train.batch import pad_to_torch, to_torch
 from mimir_train.model.fuser import LlmFeatures
 from mimir_train.objective import TextFeatures
 
@@ -128,8 +128,8 @@ class FrozenModels:
                 encoded[feature] = self._encode(feature, texts, answer_variant, answers, after_text)
         return {
             text: TextFeatures(
-                _pad_rows(_to_torch(encoded["t5"][text].tensors["t5_embeds"]), t5_rows)[None],  # (1, L, D)
-                _llm_features(encoded["llm"][text], answer_variant) if "llm" in encoded else None,
+                pad_to_torch([encoded["t5"][text].tensors["t5_embeds"]], t5_rows)[0],  # (1, L, D)
+                _llm_features(encoded["llm"][text].tensors, answer_variant) if "llm" in encoded else None,
             )
             for text in texts
         }
@@ -292,25 +292,8 @@ def _short(value: JsonValue) -> str:
     return text[:12] if is_digest else text if len(text) <= 60 else text[:57] + "..."
 
 
-def _llm_features(encoded: Encoded, variant: int) -> LlmFeatures:
-    query = _to_torch(encoded.tensors["query_hidden"])[None]  # (1, M, H)
-    answer = _to_torch(encoded.tensors[f"answer_hidden_{variant}"])[None]  # (1, A, H)
-    instruction = _to_torch(encoded.tensors[f"instruction_hidden_{variant}"])[None]  # (1, K, H)
-    return LlmFeatures(
-        query_hidden=query,
-        query_mask=torch.ones(query.shape[:2], dtype=torch.bool),
-        answer_hidden=answer,
-        answer_mask=torch.ones(answer.shape[:2], dtype=torch.bool),
-        instruction_hidden=instruction,
-    )
-
-
-def _to_torch(tensor: FeatureTensor) -> Tensor:
-    """The values as a cache would hold them, bfloat16 where it is."""
-    values = torch.from_numpy(np.ascontiguousarray(tensor.to_float32()))
-    return values.bfloat16() if tensor.dtype == "bf16" else values
-
-
-def _pad_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """(R, D) to (num_rows, D), zeros below."""
-    return torch.nn.functional.pad(rows, (0, 0, 0, num_rows - rows.shape[0]))
+def _llm_features(tensors: Mapping[str, FeatureTensor], variant: int) -> LlmFeatures:
+    query_hidden, query_mask = pad_to_torch([tensors["query_hidden"]])  # (1, M, H), (1, M)
+    answer_hidden, answer_mask = pad_to_torch([tensors[f"answer_hidden_{variant}"]])  # (1, A, H), (1, A)
+    instruction_hidden = to_torch([tensors[f"instruction_hidden_{variant}"]])  # (1, K, H)
+    return LlmFeatures(query_hidden, query_mask, answer_hidden, answer_mask, instruction_hidden)

@@ -6,7 +6,6 @@ from types import MappingProxyType
 from typing import Final
 
 from mimir_shared.errors import InputError
-
 from mimir_train.config_document import Document
 
 _TINY: Final[Document] = {

@@ -97,7 +97,8 @@ def denoise(
         v_prediction = dit(model_input.to(dtype), tokens, timestep_batch).float()
         if guidance.is_on:
             scale = guidance_scale_at(guidance.name, guidance.scale, step_index, timestep, len(timesteps))
-            v_prediction = apply_guidance(*v_prediction.chunk(2), scale)
+            without_text, with_text = v_prediction.chunk(2)  # (B, C, T, h, w) each
+            v_prediction = apply_guidance(without_text, with_text, scale)
         noisy_latents = stepper.step(v_prediction, noisy_latents, generator)
         after_step(step_index)
     return noisy_latents

@@ -1,0 +1,243 @@
+"""One rank's share of a step: clips read ahead in a thread, collated into tensors.
+
+Ragged tensors are padded to the longest of the batch, with masks; bfloat16 is taken over bit for bit.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimir_shared.errors import CacheError
+from mimir_shared.features import FeatureTensor
+from mimir_train.cache_reader import Cache, Clip
+from mimir_train.config import VerifyReads
+from mimir_train.model.fuser import LlmFeatures
+from mimir_train.objective import TextFeatures
+from mimir_train.order import TrainingOrder, rank_positions
+
+LATENT_TENSORS: Final = ("vae_moments", "vae_sample", "vae_mean")
+"""What a cache may hold of the posterior, the fullest first: that one is trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLayout:
+    """Which tensors of a cache make a batch, and their sizes."""
+
+    latents: str
+    """One of LATENT_TENSORS."""
+    latent_channels: int
+    """C of the sampled latents; moments have twice as many."""
+    latent_sizes: dict[str, tuple[int, int, int]]
+    """bucket → (T, h, w)."""
+    t5_rows: int
+    """L: a clip whose pad rows were not kept is padded with zeros to it."""
+    text_width: int
+    llm: bool
+    """Whether the fuser reads the LLM's features."""
+    llm_width: int | None
+    num_instructions: int | None
+    answer_variant: int = 0
+    """Which of the cached answers is read."""
+
+
+def find_layout(cache: Cache, *, llm: bool) -> FeatureLayout:
+    """Take the layout from the specs. Raises InputError where `llm` is wanted and absent, CacheError for odd specs."""
+    buckets = cache.snapshot.buckets
+    latents_spec, t5_spec = cache.spec("latents"), cache.spec("t5")
+    of_bucket = {bucket: {spec.name: spec.sizes for spec in latents_spec.tensor_specs(bucket)} for bucket in buckets}
+    latents = next((name for name in LATENT_TENSORS if all(name in sizes for sizes in of_bucket.values())), None)
+    if latents is None:
+        raise CacheError(f"{cache.storage.root}: `latents` has {of_bucket}, expected one of {', '.join(LATENT_TENSORS)}")
+    sizes_of = {bucket: tuple(int(size or 0) for size in sizes[latents]) for bucket, sizes in of_bucket.items()}
+    channels = {sizes[0] // (2 if latents == "vae_moments" else 1) for sizes in sizes_of.values()}
+    assert len(channels) == 1, f"buckets with different channels: {sizes_of}"
+    (t5,) = (spec for spec in t5_spec.tensor_specs(buckets[0]) if spec.name == "t5_embeds")
+    rows, text_width = t5.sizes
+    num_rows = rows if rows is not None else t5_spec.identity["max_length"]
+    llm_sizes = {}
+    if llm:
+        llm_sizes = {spec.name: spec.sizes for spec in cache.spec("llm").tensor_specs(buckets[0])}
+    instructions = llm_sizes.get("instruction_hidden_0", (None, None))
+    return FeatureLayout(
+        latents=latents,
+        latent_channels=channels.pop(),
+        latent_sizes={bucket: (sizes[1], sizes[2], sizes[3]) for bucket, sizes in sizes_of.items()},
+        t5_rows=int(num_rows),
+        text_width=int(text_width or 0),
+        llm=llm,
+        llm_width=instructions[1],
+        num_instructions=instructions[0],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """Clips of one bucket, in the order of the global batch."""
+
+    step: int
+    epoch: int
+    bucket: str
+    clips: tuple[Clip, ...]
+    positions: tuple[int, ...]
+    """Of the clips in the global batch: every draw of a step is keyed by them."""
+    latents: Tensor
+    """(B, 2C, T, h, w) moments, or (B, C, T, h, w) where the cache holds means or samples; as stored, unscaled."""
+    holds_moments: bool
+    text: TextFeatures
+
+    def part(self, start: int, stop: int) -> "TrainingBatch":
+        """Some of its clips: a micro-batch."""
+        rows = slice(start, stop)
+        llm = self.text.llm
+        return replace(
+            self,
+            clips=self.clips[rows],
+            positions=self.positions[rows],
+            latents=self.latents[rows],
+            text=TextFeatures(
+                self.text.t5_embeds[rows], None if llm is None else LlmFeatures(*(tensor[rows] for tensor in llm))
+            ),
+        )
+
+    def micro_batches(self, size: int | None) -> "Iterator[TrainingBatch]":
+        size = size or len(self.clips)
+        for start in range(0, len(self.clips), size):
+            yield self.part(start, start + size)
+
+    def to(self, device: torch.device) -> "TrainingBatch":
+        llm = self.text.llm
+        moved = None if llm is None else LlmFeatures(*(tensor.to(device, non_blocking=True) for tensor in llm))
+        return replace(
+            self,
+            latents=self.latents.to(device, non_blocking=True),
+            text=TextFeatures(self.text.t5_embeds.to(device, non_blocking=True), moved),
+        )
+
+
+def to_torch(tensors: Sequence[FeatureTensor]) -> Tensor:
+    """Stack tensors of one shape: (B, …), a copy; bfloat16 bit for bit."""
+    stacked = torch.from_numpy(np.stack([tensor.array for tensor in tensors]))
+    return stacked.view(torch.bfloat16) if tensors[0].dtype == "bf16" else stacked
+
+
+def pad_to_torch(tensors: Sequence[FeatureTensor], num_rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Stack tensors (R, D) whose R differ, padded with zeros.
+
+    Args:
+        num_rows: to pad to; None: the longest, and at least 1.
+    Returns: (B, rows, D), and (B, rows) bool, True for rows that were there.
+    """
+    lengths = [len(tensor.array) for tensor in tensors]
+    rows = max(*lengths, 1) if num_rows is None else num_rows
+    first = tensors[0].array
+    padded = np.zeros((len(tensors), rows, *first.shape[1:]), first.dtype)
+    for i, tensor in enumerate(tensors):
+        padded[i, : lengths[i]] = tensor.array
+    mask = torch.arange(rows) < torch.tensor(lengths)[:, None]
+    values = torch.from_numpy(padded)
+    return values.view(torch.bfloat16) if tensors[0].dtype == "bf16" else values, mask
+
+
+def collate_text(
+    t5: Sequence[dict[str, FeatureTensor]], llm: Sequence[dict[str, FeatureTensor]] | None, layout: FeatureLayout
+) -> TextFeatures:
+    """The text of some clips as the fuser takes it.
+
+    Args:
+        t5, llm: the tensors of each clip; llm is None for a fuser that does not read it.
+    """
+    t5_embeds, _ = pad_to_torch([tensors["t5_embeds"] for tensors in t5], layout.t5_rows)  # (B, L, D)
+    if llm is None:
+        return TextFeatures(t5_embeds, None)
+    variant = layout.answer_variant
+    query_hidden, query_mask = pad_to_torch([tensors["query_hidden"] for tensors in llm])  # (B, M, H), (B, M)
+    answer_hidden, answer_mask = pad_to_torch([tensors[f"answer_hidden_{variant}"] for tensors in llm])
+    instruction_hidden = to_torch([tensors[f"instruction_hidden_{variant}"] for tensors in llm])  # (B, K, H)
+    return TextFeatures(
+        t5_embeds, LlmFeatures(query_hidden, query_mask, answer_hidden, answer_mask, instruction_hidden)
+    )
+
+
+def read_batch(
+    cache: Cache, layout: FeatureLayout, numbers: Sequence[int], *, verify: bool
+) -> tuple[tuple[Clip, ...], Tensor, TextFeatures]:
+    """Read and collate clips of one bucket. Raises CacheError as `Cache.read`."""
+    latents = to_torch([cache.read(number, "latents", verify=verify)[layout.latents] for number in numbers])
+    t5 = [cache.read(number, "t5", verify=verify) for number in numbers]
+    llm = [cache.read(number, "llm", verify=verify) for number in numbers] if layout.llm else None
+    return tuple(cache.clip(number) for number in numbers), latents, collate_text(t5, llm, layout)
+
+
+def read_empty_text(cache: Cache, layout: FeatureLayout) -> TextFeatures:
+    """The cached features of the empty prompt, with B = 1. Raises CacheError."""
+    llm = [cache.read_empty("llm")] if layout.llm else None
+    return collate_text([cache.read_empty("t5")], llm, layout)
+
+
+class BatchLoader:
+    """Reads one rank's batches of consecutive steps ahead of the training, in a thread.
+
+    Whatever goes wrong in the thread is raised where its batch is asked for.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        order: TrainingOrder,
+        layout: FeatureLayout,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        verify: VerifyReads = "always",
+        prefetch: int = 2,
+    ) -> None:
+        self._cache = cache
+        self._order = order
+        self._layout = layout
+        self._positions = tuple(rank_positions(order.global_batch_size, rank, world_size))
+        self._verify = verify
+        self._prefetch = prefetch
+
+    def batches(self, first_step: int, stop_step: int) -> Iterator[TrainingBatch]:
+        """The batches of steps first_step … stop_step-1."""
+        steps = iter(range(first_step, stop_step))
+        pending: deque[Future[TrainingBatch]] = deque()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        try:
+            for step in range(first_step, stop_step):
+                while len(pending) <= self._prefetch and (ahead := next(steps, None)) is not None:
+                    pending.append(thread.submit(self.read, ahead))
+                batch = pending.popleft().result()
+                assert batch.step == step, f"read step {batch.step} for step {step}"
+                yield batch
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, step: int) -> TrainingBatch:
+        """This rank's share of one step."""
+        whole = self._order.batch(step)
+        verify = self._verify == "always" or (self._verify == "first-epoch" and whole.epoch == 0)
+        numbers = [self._cache.clip_number(whole.bucket, whole.places[position]) for position in self._positions]
+        clips, latents, text = read_batch(self._cache, self._layout, numbers, verify=verify)
+        return TrainingBatch(
+            step=step,
+            epoch=whole.epoch,
+            bucket=whole.bucket,
+            clips=clips,
+            positions=self._positions,
+            latents=latents,
+            holds_moments=self._layout.latents == "vae_moments",
+            text=text,
+        )
+
+
+def clips_of_step(cache: Cache, order: TrainingOrder, step: int) -> tuple[Clip, ...]:
+    """The clips of a step over all ranks, in the order of their positions."""
+    whole = order.batch(step)
+    return tuple(cache.clip(cache.clip_number(whole.bucket, place)) for place in whole.places)

@@ -1,0 +1,291 @@
+"""From a checkpoint and prompts to videos: `sample_videos` is the whole of it.
+
+One model at a time: texts are encoded, then all latents are made, then all are decoded. Latents wait on disk in
+OUTPUT/latents, so that a call that was stopped goes on where it was, whatever it was doing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mimir_shared.errors import CacheError, InputError, MachineError
+from mimir_train.contact_sheet import SheetRow, write_contact_sheet
+from mimir_train.frozen_models import FrozenModels, ModelLocations, choose_device
+from mimir_train.model.fuser import TokenFuser
+from mimir_train.objective import TextFeatures, drop_text
+from mimir_train.prompts import PromptList, video_name
+from mimir_train.sample_files import SampleFolder, Video
+from mimir_train.sampler import Guidance, SchedulerName, denoise, initial_noise, sample_generator
+from mimir_train.schedulers import make_scheduler
+from mimir_train.trained_model import TrainedModel, load_models, open_checkpoint
+from mimir_train.transformer_folder import read_transformer_config
+from mimir_train.video_check import plays, read_video
+
+DTypeName = Literal["auto", "float32", "bfloat16"]
+
+MAX_SHEET_ROWS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What is asked for."""
+
+    checkpoint: Path
+    locations: ModelLocations
+    prompts: PromptList
+    output_dir: Path
+    seed: int
+    samples_per_prompt: int
+    num_inference_steps: int
+    guidance: Guidance
+    scheduler: SchedulerName
+    bucket: str | None
+    """FxHxW; None: the largest of those trained on."""
+    negative_prompt: str | None
+    """Stands where no text would; None: what stood in training where text was dropped."""
+    device: str
+    """auto, cpu, cuda or cuda:N."""
+    dtype: DTypeName
+    """In which fuser and transformer compute; auto: bfloat16 on CUDA, float32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOutcome:
+    """What a call did."""
+
+    made: int
+    kept: int
+    """Videos that were there and play."""
+    sheet: Path
+    sheet_rows: int
+
+
+class Progress(Protocol):
+    """Told what is going on."""
+
+    def say(self, text: str) -> None: ...
+
+    def start(self, what: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+
+def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
+    """Make every video that is not there yet, the list of them, and a contact sheet.
+
+    Raises:
+        InputError: no such checkpoint or model, a size or number of steps that cannot be, or a folder that holds
+            videos made otherwise.
+        CacheError: the checkpoint is damaged, or the models are not those that it was trained with.
+    """
+    device = choose_device(request.device)
+    model = open_checkpoint(request.checkpoint)
+    make_scheduler(request.scheduler, model.snr_shift_scale, request.num_inference_steps)  # refused before all else
+    frozen = FrozenModels(model.identities, model.features, request.locations, device)
+    bucket, latent_shape = _choose_size(request, model, frozen, progress)
+    size = tuple(int(part) for part in bucket.split("x"))
+    folder = SampleFolder(request.output_dir)
+    videos = _list_videos(request)
+    folder.claim(_settings(request, model, bucket, device), videos)
+
+    missing = [video for video in videos if not plays(folder.video_path(video), *size)]
+    if len(missing) < len(videos):
+        progress.say(f"{len(videos) - len(missing)} of {len(videos)} videos are there and play; they are kept")
+    undrawn = [video for video in missing if folder.read_latents(video, latent_shape) is None]
+    with _device_memory(bucket, device):
+        if undrawn:
+            texts = _encode_texts(request, model, frozen, undrawn, progress)
+            _make_latents(request, model, folder, undrawn, latent_shape, texts, device, progress)
+        _decode(model, frozen, folder, missing, latent_shape, progress)
+    folder.write_list(videos)
+    rows = [_sheet_row(folder, video, model.fps) for video in videos[:MAX_SHEET_ROWS]]
+    write_contact_sheet(folder.sheet_path, rows)
+    return SampleOutcome(
+        made=len(missing), kept=len(videos) - len(missing), sheet=folder.sheet_path, sheet_rows=len(rows)
+    )
+
+
+def _choose_size(
+    request: SampleRequest, model: TrainedModel, frozen: FrozenModels, progress: Progress
+) -> tuple[str, tuple[int, int, int, int]]:
+    """The size of the videos, and (C, T, h, w) of their latents."""
+
+    def volume(bucket: str) -> int:
+        frames, height, width = (int(part) for part in bucket.split("x"))
+        return frames * height * width
+
+    bucket = request.bucket.lower() if request.bucket is not None else max(model.buckets, key=volume)
+    shape = frozen.latent_shape(bucket)
+    config = read_transformer_config(model.folder / "transformer")
+    if shape[0] != config.in_channels:
+        raise CacheError(
+            f"{model.folder}: its transformer takes {config.in_channels} channels, the VAE's latents have {shape[0]}; "
+            f"the checkpoint does not fit its own record"
+        )
+    if shape[2] % config.patch_size or shape[3] % config.patch_size:
+        raise InputError(
+            f"--bucket {bucket}: its latents are {shape[2]}x{shape[3]}, which cannot be cut into the transformer's "
+            f"patches of {config.patch_size}x{config.patch_size}"
+        )
+    if bucket not in model.buckets:
+        progress.say(f"note: the model was trained on {', '.join(model.buckets)}, not on {bucket}")
+    return bucket, shape
+
+
+def _list_videos(request: SampleRequest) -> list[Video]:
+    return [
+        Video(prompt=prompt, index=index, name=video_name(prompt, index))
+        for prompt in request.prompts.prompts
+        for index in range(request.samples_per_prompt)
+    ]
+
+
+def _settings(request: SampleRequest, model: TrainedModel, bucket: str, device: str) -> dict[str, Any]:
+    """Everything that changes a video, beside its prompt and index."""
+    return {
+        "version": 1,
+        "checkpoint": model.digest,
+        "step": model.step,
+        "preset": model.preset,
+        "seed": request.seed,
+        "scheduler": request.scheduler,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance": request.guidance.name,
+        "guidance_scale": request.guidance.scale,
+        "negative_prompt": request.negative_prompt,
+        "bucket": bucket,
+        "fps": model.fps,
+        "dtype": _dtype_name(request, device),
+    }
+
+
+def _dtype_name(request: SampleRequest, device: str) -> str:
+    if request.dtype != "auto":
+        return request.dtype
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def _encode_texts(
+    request: SampleRequest, model: TrainedModel, frozen: FrozenModels, videos: Sequence[Video], progress: Progress
+) -> dict[str, TextFeatures]:
+    """The features of every prompt, of the negative one, and of "" where that stood in training."""
+    texts = [video.prompt for video in videos]
+    if request.guidance.is_on and request.negative_prompt is not None:
+        texts.append(request.negative_prompt)
+    elif request.guidance.is_on and model.empty_text == "cached":
+        texts.append("")
+    texts = list(dict.fromkeys(texts))
+
+    def after_text(feature: str, done: int) -> None:
+        if done == 1:
+            progress.start(f"encode {feature}", len(texts))
+        progress.advance()
+
+    return frozen.encode_texts(texts, model.t5_rows, model.answer_variant, after_text)
+
+
+def _make_latents(
+    request: SampleRequest,
+    model: TrainedModel,
+    folder: SampleFolder,
+    videos: Sequence[Video],
+    latent_shape: tuple[int, int, int, int],
+    texts: Mapping[str, TextFeatures],
+    device: str,
+    progress: Progress,
+) -> None:
+    """Denoise one video after the other, and leave its latents in the folder."""
+    dtype = torch.bfloat16 if _dtype_name(request, device) == "bfloat16" else torch.float32
+    dit, fuser = load_models(model, dtype, device)
+    progress.start("denoise", len(videos) * request.num_inference_steps)
+    for video in videos:
+        generator = sample_generator(request.seed, video.prompt, video.index)
+        condition_tokens, unconditional_tokens = _fuse(request, model, fuser, texts, video.prompt, device)
+        latents = denoise(
+            dit,
+            make_scheduler(request.scheduler, model.snr_shift_scale, request.num_inference_steps, device),
+            initial_noise(latent_shape, generator).to(device),
+            condition_tokens,
+            unconditional_tokens,
+            request.guidance,
+            generator,
+            after_step=lambda step_index: progress.advance(),
+        )
+        if not torch.isfinite(latents).all():
+            raise CacheError(
+                f"{model.folder}: the latents of {video.prompt!r} came out as NaN or infinite; the model has diverged, "
+                f"or overflows in {dtype}: take an earlier checkpoint, or --dtype float32"
+            )
+        folder.write_latents(video, latents[0].cpu())
+
+
+@torch.inference_mode()
+def _fuse(
+    request: SampleRequest,
+    model: TrainedModel,
+    fuser: TokenFuser,
+    texts: Mapping[str, TextFeatures],
+    prompt: str,
+    device: str,
+) -> tuple[Tensor, Tensor]:
+    """The tokens with the prompt and without, (1, L, D) or (1, L+K, D) each."""
+    text = _to_device(texts[prompt], device)
+    condition_tokens = fuser(*text, append_stabilizer=model.appends_stabilizer)
+    if not request.guidance.is_on:
+        return condition_tokens, condition_tokens
+    if request.negative_prompt is not None:
+        no_text = _to_device(texts[request.negative_prompt], device)
+    else:
+        empty = _to_device(texts[""], device) if model.empty_text == "cached" else None
+        no_text = drop_text(text, torch.ones(1, dtype=torch.bool), empty)
+    return condition_tokens, fuser(*no_text, append_stabilizer=model.appends_stabilizer)
+
+
+def _to_device(text: TextFeatures, device: str) -> TextFeatures:
+    llm = None if text.llm is None else type(text.llm)(*(tensor.to(device) for tensor in text.llm))
+    return TextFeatures(text.t5_embeds.to(device), llm)
+
+
+def _decode(
+    model: TrainedModel,
+    frozen: FrozenModels,
+    folder: SampleFolder,
+    videos: Sequence[Video],
+    latent_shape: tuple[int, int, int, int],
+    progress: Progress,
+) -> None:
+    """Turn latents into videos; those of a video that is written are removed."""
+    if not videos:
+        return
+    progress.start("decode", len(videos))
+    with frozen.decoder(model.latent_scaling_factor) as decode:
+        for video in videos:
+            latents = folder.read_latents(video, latent_shape)
+            if latents is None:
+                raise MachineError(
+                    f"{folder.latents_path(video)}: gone since it was written; run the same command again"
+                )
+            folder.write_video(video, decode(latents), model.fps)
+            progress.advance()
+
+
+def _sheet_row(folder: SampleFolder, video: Video, fps: float) -> SheetRow:
+    frames = read_video(folder.video_path(video))
+    if frames is None:
+        raise MachineError(f"{folder.video_path(video)}: does not play; run the same command again")
+    return SheetRow(caption=video.prompt, note=f"sample {video.index}", frames=frames, fps=fps)
+
+
+@contextmanager
+def _device_memory(bucket: str, device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as fault:
+        raise MachineError(
+            f"{device}: not enough memory for {bucket}; take a smaller --bucket, --dtype bfloat16, or another device"
+        ) from fault
