@@ -187,7 +187,8 @@ def _add_row(
     if wrong is not None:
         problems.add(f"{where}: {wrong}")
         return
-    assert isinstance(source, str) and isinstance(caption, str), where
+    assert isinstance(source, str), where
+    assert isinstance(caption, str), where
     key_column = next((name for name in _KEY_COLUMNS if row.get(name) not in (None, "")), None)
     trim = (
         "" if start_s is None and end_s is None else f"#{start_s or 0:g}-{'' if end_s is None else format(end_s, 'g')}"
@@ -201,6 +202,13 @@ def _add_row(
     clips.ends_s.append(end_s)
     own = {video_key, caption_key, "start_s", "end_s", key_column}
     _add_extra(clips, {name: value for name, value in row.items() if name not in own})
+
+
+def _trim_name(start_s: float | None, end_s: float | None) -> str:
+    """Tells the parts of one video apart: "#2.5-4", "#2.5-", or nothing for the whole."""
+    if start_s is None and end_s is None:
+        return ""
+    return f"#{start_s or 0:g}-{'' if end_s is None else format(end_s, 'g')}"
 
 
 def _add_extra(clips: ClipList, values: dict[str, Any]) -> None:

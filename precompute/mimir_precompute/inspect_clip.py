@@ -96,7 +96,8 @@ def read_clip_tensors(storage: LocalStorage, key: str, feature: str) -> Mapping[
                 sample: SampleRecord = record.samples[clip.row]
                 if sample.stored is None:
                     raise InputError(
-                        f"{clip.key!r} has no {feature}: quarantined at {sample.stage}: {sample.reason}, {sample.detail}"
+                        f"{clip.key!r} has no {feature}: quarantined at {sample.stage}: {sample.reason} "
+                        f"({sample.detail})"
                     )
                 with folder.open_data(record) as file:
                     return read_tensors(file, sample, str(file.name))

@@ -134,7 +134,8 @@ def refuse_other_identity(storage: LocalStorage, spec: FeatureSpec) -> None:
     shown = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed[:8])
     more = f"; and {len(changed) - 8} more fields" if len(changed) > 8 else ""
     raise CacheError(
-        f"{storage.root}/{present[-1].directory}: `{spec.feature}` was made otherwise than now asked for: {shown}{more}. "
+        f"{storage.root}/{present[-1].directory}: `{spec.feature}` was made otherwise than asked for now: "
+        f"{shown}{more}. "
         f"Go back to the old models and settings, or keep both side by side: --on-mismatch new"
     )
 
@@ -246,8 +247,8 @@ def _answers_folder(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) ->
     folder = FeatureFolder(job.storage, "answers", specs["answers"].fingerprint)
     if not job.storage.exists(empty_name("answers", folder.fingerprint)):
         raise CacheError(
-            f"{job.storage.root}/{folder.directory}: `llm` is made from `answers`, which this cache does not have as now "
-            f"asked for; encode both: --features answers,llm"
+            f"{job.storage.root}/{folder.directory}: `llm` is made from `answers`, which this cache does not have "
+            f"with these models and settings; encode both: --features answers,llm"
         )
     return folder
 

@@ -73,6 +73,7 @@ class _FeatureColumns:
     tensors: list[list[dict[str, Any]]]
 
 
+_CLIP_COLUMNS = ("key", "shard", "row", "bucket", "caption", "source")
 _PLACE = pa.struct([("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int32()))])
 
 

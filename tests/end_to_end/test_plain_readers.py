@@ -40,9 +40,9 @@ def test_webdataset_and_safetensors_read_every_sample(cache: Path) -> None:
 
 def test_tar_lists_the_members_of_a_shard_in_row_order(cache: Path) -> None:
     shard = sorted((_only(cache / "llm") / "data").glob("000001-*.tar"))[0]
-    assert tarfile.open(shard).getnames() == [
-        f"00000100{row:03d}.{ending}" for row in range(3) for ending in ("json", "safetensors")
-    ]
+    with tarfile.open(shard) as tar:
+        expected = [f"00000100{row:03d}.{ending}" for row in range(3) for ending in ("json", "safetensors")]
+        assert tar.getnames() == expected
 
 
 def test_pyarrow_reads_plan_and_commit_records(cache: Path) -> None:

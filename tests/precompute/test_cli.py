@@ -78,7 +78,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
         (("no plan in this cache", "mimir-precompute plan"), ("encode", "--cache", tmp_path / "empty")),
         (("no plan in this cache",), ("status", tmp_path / "empty")),
         (("no plan in this cache",), ("verify", tmp_path / "empty")),
-        (("not in the plan", "did you mean"), ("inspect", cache, "clip")),
+        (("not in the plan", "did you mean"), ("inspect", cache, "0001")),
         (("not finished", "no feature yet"), ("finalize", cache)),
     ]
     for parts, arguments in cases:

@@ -119,7 +119,7 @@ def test_clips_that_moved_as_a_whole_are_planned_without_a_new_row(tmp_path: Pat
 def test_the_list_of_another_data_set_is_not_taken_for_removals(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     _plan(storage, {key: key for key in "abcd"})
-    with pytest.raises(InputError, match="3 of its 4 planned clips.*--accept-removals"):
+    with pytest.raises(InputError, match=r"3 of its 4 planned clips.*--accept-removals"):
         _plan(storage, {"a": "a", "z": "z"})
     _, report = _plan(storage, {"a": "a"}, PlanRequest(preset="tiny", accept_removals=True))
     assert report.removed == 3

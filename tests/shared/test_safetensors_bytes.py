@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_each_place_holds_the_bytes_of_its_tensor_without_gaps(
     tensors = {name: _tensor(*what) for name, what in described.items()}
     data = tensors_to_safetensors(tensors)
     places = read_header(data, "here")
-    for before, after in zip(places, places[1:], strict=False):
+    for before, after in pairwise(places):
         assert before.offset + before.nbytes == after.offset
     for place in places:
         assert data[place.offset : place.offset + place.nbytes] == tensors[place.name].array.tobytes()

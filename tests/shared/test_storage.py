@@ -50,9 +50,14 @@ def test_of_16_processes_that_create_one_name_exactly_one_wins(tmp_path: Path) -
 
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
-    with pytest.raises(RuntimeError), storage.temporary() as temporary:
-        temporary.file.write(b"half")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with storage.temporary() as temporary:
+            temporary.file.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert list(tmp_path.iterdir()) == []
 
 

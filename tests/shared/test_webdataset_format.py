@@ -37,7 +37,8 @@ def _float(*shape: int) -> FeatureTensor:
 def test_plain_tar_and_webdataset_see_every_sample(tmp_path: Path) -> None:
     data, _ = _write([(0, {"key": "a"}, {"x": _float(2, 3)}), (2, {"key": "b"}, {"x": _float(1)})])
     (tmp_path / "shard.tar").write_bytes(data)
-    names = tarfile.open(tmp_path / "shard.tar").getnames()
+    with tarfile.open(tmp_path / "shard.tar") as tar:
+        names = tar.getnames()
     assert names == ["00000700000.json", "00000700000.safetensors", "00000700002.json", "00000700002.safetensors"]
     samples = list(webdataset.WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False))
     assert [json.loads(sample["json"])["key"] for sample in samples] == ["a", "b"]
@@ -58,8 +59,9 @@ def test_equal_samples_give_equal_bytes_and_entries_have_no_owner_or_time() -> N
     first, _ = _write(samples)
     second, _ = _write([(0, {"a": "ü", "b": 1}, {"y": _float(3), "x": _float(2)})])
     assert first == second
-    for entry in tarfile.open(fileobj=io.BytesIO(first)):
-        assert (entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname) == (0, 0, 0, "", "")
+    with tarfile.open(fileobj=io.BytesIO(first)) as tar:
+        owners = {(entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname) for entry in tar}
+    assert owners == {(0, 0, 0, "", "")}
 
 
 def test_a_flipped_byte_in_a_sample_is_refused_and_named() -> None:

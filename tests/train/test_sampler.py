@@ -10,11 +10,12 @@ from torch import Tensor
 
 from mimir_precompute.toy.models import load_toy_vae
 from mimir_shared.errors import InputError
-from mimir_train.guidance import GuidanceName, apply_guidance, guidance_scale_at
+from mimir_train.guidance import apply_guidance, guidance_scale_at
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.objective import shifted_zero_snr_alphas
-from mimir_train.sampler import Guidance, SchedulerName, denoise, initial_noise, sample_generator
+from mimir_train.sampler import denoise, initial_noise, sample_generator
+from mimir_train.sampling_choices import Guidance, GuidanceName, SchedulerName
 from mimir_train.schedulers import build_scheduler, make_scheduler
 from mimir_train.transformer_folder import save_transformer
 

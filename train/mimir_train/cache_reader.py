@@ -131,6 +131,14 @@ class Cache:
         assert self._shards[number] == place.shard, f"{place} of {bucket}"
         return number
 
+    def clip_numbers(self, bucket: BucketShards) -> list[int]:
+        """The index numbers of all clips of a bucket, by shard and row."""
+        return [
+            self.clip_number(bucket.name, ClipPlace(shard=shard, number=number))
+            for shard, size in zip(bucket.shards, bucket.sizes, strict=True)
+            for number in range(size)
+        ]
+
     @cached_property
     def _by_bucket(self) -> dict[str, np.ndarray]:
         """bucket → index numbers, by shard and row."""

@@ -10,6 +10,7 @@ A checkpoint is written under another name, made durable and then renamed; check
 Nothing in it is pickled, and no file of it is believed before its sha256 was compared.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from torch import Tensor
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.sealed import read_sealed_json, write_sealed_json
 from mimir_shared.storage import machine_faults
-from mimir_train.fuser_folder import fuser_document, save_fuser
+from mimir_train.fuser_folder import save_fuser
 from mimir_train.trained_model import TrainedModel
 from mimir_train.transformer_folder import save_transformer
 
@@ -112,7 +113,7 @@ class TrainingState(BaseModel):
     version: Literal[1] = CHECKPOINT_VERSION
     step: int
     order: dict[str, int] = Field(description="as TrainingOrder.state gives it")
-    config_sha256: str = Field(description="of RUN/config.yaml when this was written")
+    config_sha256: str = Field(description="of the settings that decide the training (`training_digest`)")
 
 
 def step_folder_name(step: int) -> str:
@@ -130,23 +131,19 @@ def save_checkpoint(
 
     Args:
         describe: makes checkpoint.json of the step and the digests of the files.
-    Returns: its folder; one that exists already and is good stays as it is.
+    Returns: its folder; it takes the place of one of the same step.
     Raises: MachineError for faults of the disk; earlier checkpoints are untouched.
     """
     parent = run / CHECKPOINTS
     final = parent / step_folder_name(state.step)
-    if final.exists():
-        if check_checkpoint(final) is None:
-            return final
-        _remove(final)
     temporary = parent / f".{final.name}-{uuid.uuid4().hex}"
     with machine_faults(f"{final}: saving the checkpoint"):
         temporary.mkdir(parents=True)
         try:
             save_transformer(model.dit.config, model.dit.state_dict(), temporary / TRANSFORMER)
             save_fuser(model.fuser.config, model.fuser.state_dict(), temporary / FUSER)
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_state.items()}
-            save_file(tensors, temporary / OPTIMIZER)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_state.items()},
+                      temporary / OPTIMIZER)  # fmt: skip
             (temporary / STATE).write_text(state.model_dump_json(indent=1) + "\n")
             files = {name: _digest_and_sync(temporary / name) for name in _file_names(temporary)}
             info = describe(state.step, files).model_dump(mode="json", exclude={"seal"})
@@ -154,11 +151,14 @@ def save_checkpoint(
             _digest_and_sync(temporary / MANIFEST)
             for directory in (temporary / TRANSFORMER, temporary / FUSER, temporary):
                 _sync(directory)
+            if final.exists():
+                _remove(final)
             temporary.rename(final)
             _sync(parent)
-        except BaseException:
+        except SafetensorError as fault:  # how that library tells of a full disk
+            raise OSError(errno.EIO, str(fault)) from fault
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
     return final
 
 
@@ -251,10 +251,6 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
     except (OSError, ValueError, SafetensorError) as fault:
         raise CacheError(f"{folder}: {' '.join(str(fault).splitlines()[:3])}; written by another release?") from fault
     return state, tensors
-
-
-def fuser_record(model: TrainedModel) -> dict[str, Any]:
-    return fuser_document(model.fuser.config)
 
 
 def _read_manifest(folder: Path) -> CheckpointInfo:

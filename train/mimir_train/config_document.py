@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import yaml
 
 from mimir_shared.errors import InputError
-from mimir_shared.fingerprint import differences
+from mimir_shared.fingerprint import differences, fingerprint
 from mimir_train.config import TrainConfig
 
 Document = dict[str, Any]
@@ -136,12 +136,7 @@ def write_document(config: TrainConfig) -> str:
 
 def refuse_other_training(old: TrainConfig, new: TrainConfig, where: str) -> None:
     """Raise InputError where going on with `new` would be another training than `old` began."""
-    changed = [
-        (name, before, after)
-        for name, before, after in differences(to_document(old), to_document(new))
-        if not any(name == free or name.startswith((f"{free}.", f"{free}[")) for free in FREE_ON_RESUME)
-        or (name == "run.max_train_steps" and old.optimizer.schedule == "cosine")
-    ]
+    changed = differences(deciding_settings(old), deciding_settings(new))
     if changed:
         shown = "; ".join(f"{name}: {before} → {after}" for name, before, after in changed[:8])
         more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
@@ -149,6 +144,23 @@ def refuse_other_training(old: TrainConfig, new: TrainConfig, where: str) -> Non
             f"{where}: the run began with other settings, and going on with these would be another training: {shown}"
             f"{more}. Leave these settings out, or begin anew in another --output-dir"
         )
+
+
+def deciding_settings(config: TrainConfig) -> Document:
+    """The settings that change what is trained: all but FREE_ON_RESUME."""
+    free = FREE_ON_RESUME - ({"run.max_train_steps"} if config.optimizer.schedule == "cosine" else set())
+    document = to_document(config)
+    return {
+        section: {name: value for name, value in values.items() if f"{section}.{name}" not in free}
+        if isinstance(values, dict)
+        else values
+        for section, values in document.items()
+    }
+
+
+def training_digest(config: TrainConfig) -> str:
+    """sha256 of the settings that change what is trained."""
+    return fingerprint(deciding_settings(config))
 
 
 def _plain(value: object) -> object:

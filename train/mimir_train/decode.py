@@ -1,8 +1,8 @@
 """Turn the latents that validation wrote into videos.
 
-    RUN/validation/step-00000020/latents.safetensors   tensors "0", "1", …: (C, T, h, w) float32, scaled
-    RUN/validation/step-00000020/prompts.json          what they are: see `ValidationLatents`
-    RUN/validation/step-00000020/0.mp4, 1.mp4, …       written here, and contact_sheet.png beside them
+RUN/validation/step-00000020/latents.safetensors   tensors "0", "1", …: (C, T, h, w) float32, scaled
+RUN/validation/step-00000020/prompts.json          what they are: see `ValidationLatents`
+RUN/validation/step-00000020/0.mp4, 1.mp4, …       written here, and contact_sheet.png beside them
 """
 
 from collections.abc import Sequence
@@ -55,9 +55,7 @@ def _find_folders(run: Path) -> list[Path]:
     return folders
 
 
-def _decode_with(
-    frozen: FrozenModels, found: Sequence[tuple[Path, ValidationLatents]], progress: Progress
-) -> int:
+def _decode_with(frozen: FrozenModels, found: Sequence[tuple[Path, ValidationLatents]], progress: Progress) -> int:
     made = 0
     for folder, latents in found:
         rows: list[SheetRow] = []

@@ -10,6 +10,7 @@ from mimir_shared.errors import CacheError, InputError
 from mimir_train.batch import FeatureLayout, find_layout
 from mimir_train.cache_reader import Cache
 from mimir_train.config import SCRATCH, ModelConfig, TrainConfig
+from mimir_train.held_out import held_out_shards
 from mimir_train.initial_transformer import InitialTransformer, find_initial_transformer, is_hub_id
 from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig
 from mimir_train.presets import PRESETS, VAE_SCALING_FACTORS
@@ -29,16 +30,18 @@ class FittedRun:
     """Shards that are never trained on."""
 
 
-def fit(config: TrainConfig, cache: Cache) -> FittedRun:
+def fit(config: TrainConfig, cache: Cache, initial: InitialTransformer | None = None) -> FittedRun:
     """Check a config against a cache and fill in what it leaves open.
 
+    Args:
+        initial: the transformer of a run that goes on; None: find that of the config.
     Raises: InputError where the fuser needs `llm` and the cache has none; CacheError where latents or text are not
         of the transformer's size, or were made by a VAE of another scale.
     """
     layout = find_layout(cache, llm=_reads_llm(config.model, cache))
-    if _has_known_sizes(config):
+    if initial is None and _has_known_sizes(config):
         check_sizes(config.model.transformer, layout, cache, config.model.init_from)  # before gigabytes are fetched
-    initial = find_initial_transformer(config.model)
+    initial = initial or find_initial_transformer(config.model)
     if config.model.fit_to_cache:
         initial = replace(initial, config=fit_transformer(initial.config, layout))
     check_sizes(initial.config, layout, cache, config.model.init_from)
@@ -63,16 +66,6 @@ def fit(config: TrainConfig, cache: Cache) -> FittedRun:
         latents_std=latents_std,
         held_out=held_out,
     )
-
-
-def held_out_shards(wanted: int | None, num_shards: int) -> tuple[int, ...]:
-    """The shards of the highest numbers. Raises InputError where none would be left to train on."""
-    count = min(4, num_shards // 50) if wanted is None else wanted
-    if count >= num_shards:
-        raise InputError(
-            f"--validation-shards {count}: the cache has {num_shards} shards, and at least one must be trained on"
-        )
-    return tuple(range(num_shards - count, num_shards))
 
 
 def fit_transformer(config: DiTConfig, layout: FeatureLayout) -> DiTConfig:

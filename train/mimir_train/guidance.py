@@ -1,13 +1,10 @@
 """How strongly the text is followed at each denoising step (classifier-free guidance)."""
 
 import math
-from typing import Literal
 
 from torch import Tensor
 
-GuidanceName = Literal["fixed", "ramp", "official"]
-
-GUIDANCE_NAMES: tuple[GuidanceName, ...] = ("fixed", "ramp", "official")
+from mimir_train.sampling_choices import GuidanceName
 
 RAMP_EXPONENT = 5.0
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +18,13 @@ from mimir_train.contact_sheet import SheetRow, write_contact_sheet
 from mimir_train.frozen_models import FrozenModels, ModelLocations, choose_device
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import TextFeatures, drop_text
+from mimir_train.open_checkpoint import OpenCheckpoint, open_checkpoint
 from mimir_train.prompts import PromptList, video_name
 from mimir_train.sample_files import SampleFolder, Video
-from mimir_train.sampler import Guidance, SchedulerName, denoise, initial_noise, sample_generator
+from mimir_train.sampler import denoise, initial_noise, sample_generator
+from mimir_train.sampling_choices import Guidance, SampleDType, SchedulerName
 from mimir_train.schedulers import make_scheduler
-from mimir_train.trained_model import TrainedModel, load_models, open_checkpoint
-from mimir_train.transformer_folder import read_transformer_config
 from mimir_train.video_check import plays, read_video
-
-DTypeName = Literal["auto", "float32", "bfloat16"]
 
 MAX_SHEET_ROWS = 48
 
@@ -50,7 +48,7 @@ class SampleRequest:
     """Stands where no text would; None: what stood in training where text was dropped."""
     device: str
     """auto, cpu, cuda or cuda:N."""
-    dtype: DTypeName
+    dtype: SampleDType
     """In which fuser and transformer compute; auto: bfloat16 on CUDA, float32 on a CPU."""
 
 
@@ -84,14 +82,16 @@ def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
         CacheError: the checkpoint is damaged, or the models are not those that it was trained with.
     """
     device = choose_device(request.device)
-    model = open_checkpoint(request.checkpoint)
-    make_scheduler(request.scheduler, model.snr_shift_scale, request.num_inference_steps)  # refused before all else
-    frozen = FrozenModels(model.identities, model.features, request.locations, device)
-    bucket, latent_shape = _choose_size(request, model, frozen, progress)
+    checkpoint = open_checkpoint(request.checkpoint, progress.say)
+    make_scheduler(
+        request.scheduler, checkpoint.info.objective.snr_shift_scale, request.num_inference_steps
+    )  # refused before all else
+    frozen = FrozenModels(checkpoint.identities, checkpoint.text_features, request.locations, device)
+    bucket, latent_shape = _choose_size(request, checkpoint, frozen, progress)
     size = tuple(int(part) for part in bucket.split("x"))
     folder = SampleFolder(request.output_dir)
     videos = _list_videos(request)
-    folder.claim(_settings(request, model, bucket, device), videos)
+    folder.claim(_settings(request, checkpoint, bucket, device), videos)
 
     missing = [video for video in videos if not plays(folder.video_path(video), *size)]
     if len(missing) < len(videos):
@@ -99,11 +99,11 @@ def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
     undrawn = [video for video in missing if folder.read_latents(video, latent_shape) is None]
     with _device_memory(bucket, device):
         if undrawn:
-            texts = _encode_texts(request, model, frozen, undrawn, progress)
-            _make_latents(request, model, folder, undrawn, latent_shape, texts, device, progress)
-        _decode(model, frozen, folder, missing, latent_shape, progress)
+            texts = _encode_texts(request, checkpoint, frozen, undrawn, progress)
+            _make_latents(request, checkpoint, folder, undrawn, latent_shape, texts, device, progress)
+        _decode(checkpoint, frozen, folder, missing, latent_shape, progress)
     folder.write_list(videos)
-    rows = [_sheet_row(folder, video, model.fps) for video in videos[:MAX_SHEET_ROWS]]
+    rows = [_sheet_row(folder, video, checkpoint.info.data.fps) for video in videos[:MAX_SHEET_ROWS]]
     write_contact_sheet(folder.sheet_path, rows)
     return SampleOutcome(
         made=len(missing), kept=len(videos) - len(missing), sheet=folder.sheet_path, sheet_rows=len(rows)
@@ -111,7 +111,7 @@ def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
 
 
 def _choose_size(
-    request: SampleRequest, model: TrainedModel, frozen: FrozenModels, progress: Progress
+    request: SampleRequest, checkpoint: OpenCheckpoint, frozen: FrozenModels, progress: Progress
 ) -> tuple[str, tuple[int, int, int, int]]:
     """The size of the videos, and (C, T, h, w) of their latents."""
 
@@ -119,21 +119,21 @@ def _choose_size(
         frames, height, width = (int(part) for part in bucket.split("x"))
         return frames * height * width
 
-    bucket = request.bucket.lower() if request.bucket is not None else max(model.buckets, key=volume)
+    bucket = request.bucket.lower() if request.bucket is not None else max(checkpoint.info.data.buckets, key=volume)
     shape = frozen.latent_shape(bucket)
-    config = read_transformer_config(model.folder / "transformer")
+    config = checkpoint.transformer
     if shape[0] != config.in_channels:
         raise CacheError(
-            f"{model.folder}: its transformer takes {config.in_channels} channels, the VAE's latents have {shape[0]}; "
-            f"the checkpoint does not fit its own record"
+            f"{checkpoint.folder}: its transformer takes {config.in_channels} channels, the VAE's latents have "
+            f"{shape[0]}; the checkpoint does not fit its own record"
         )
     if shape[2] % config.patch_size or shape[3] % config.patch_size:
         raise InputError(
             f"--bucket {bucket}: its latents are {shape[2]}x{shape[3]}, which cannot be cut into the transformer's "
             f"patches of {config.patch_size}x{config.patch_size}"
         )
-    if bucket not in model.buckets:
-        progress.say(f"note: the model was trained on {', '.join(model.buckets)}, not on {bucket}")
+    if bucket not in checkpoint.info.data.buckets:
+        progress.say(f"note: the model was trained on {', '.join(checkpoint.info.data.buckets)}, not on {bucket}")
     return bucket, shape
 
 
@@ -145,13 +145,13 @@ def _list_videos(request: SampleRequest) -> list[Video]:
     ]
 
 
-def _settings(request: SampleRequest, model: TrainedModel, bucket: str, device: str) -> dict[str, Any]:
+def _settings(request: SampleRequest, checkpoint: OpenCheckpoint, bucket: str, device: str) -> dict[str, Any]:
     """Everything that changes a video, beside its prompt and index."""
     return {
         "version": 1,
-        "checkpoint": model.digest,
-        "step": model.step,
-        "preset": model.preset,
+        "checkpoint": checkpoint.digest,
+        "step": checkpoint.info.step,
+        "preset": checkpoint.info.preset,
         "seed": request.seed,
         "scheduler": request.scheduler,
         "num_inference_steps": request.num_inference_steps,
@@ -159,7 +159,7 @@ def _settings(request: SampleRequest, model: TrainedModel, bucket: str, device: 
         "guidance_scale": request.guidance.scale,
         "negative_prompt": request.negative_prompt,
         "bucket": bucket,
-        "fps": model.fps,
+        "fps": checkpoint.info.data.fps,
         "dtype": _dtype_name(request, device),
     }
 
@@ -171,13 +171,17 @@ def _dtype_name(request: SampleRequest, device: str) -> str:
 
 
 def _encode_texts(
-    request: SampleRequest, model: TrainedModel, frozen: FrozenModels, videos: Sequence[Video], progress: Progress
+    request: SampleRequest,
+    checkpoint: OpenCheckpoint,
+    frozen: FrozenModels,
+    videos: Sequence[Video],
+    progress: Progress,
 ) -> dict[str, TextFeatures]:
     """The features of every prompt, of the negative one, and of "" where that stood in training."""
     texts = [video.prompt for video in videos]
     if request.guidance.is_on and request.negative_prompt is not None:
         texts.append(request.negative_prompt)
-    elif request.guidance.is_on and model.empty_text == "cached":
+    elif request.guidance.is_on and checkpoint.uses_empty_prompt:
         texts.append("")
     texts = list(dict.fromkeys(texts))
 
@@ -186,12 +190,12 @@ def _encode_texts(
             progress.start(f"encode {feature}", len(texts))
         progress.advance()
 
-    return frozen.encode_texts(texts, model.t5_rows, model.answer_variant, after_text)
+    return frozen.encode_texts(texts, checkpoint.info.text.t5_rows, checkpoint.info.text.answer_variant, after_text)
 
 
 def _make_latents(
     request: SampleRequest,
-    model: TrainedModel,
+    checkpoint: OpenCheckpoint,
     folder: SampleFolder,
     videos: Sequence[Video],
     latent_shape: tuple[int, int, int, int],
@@ -201,14 +205,16 @@ def _make_latents(
 ) -> None:
     """Denoise one video after the other, and leave its latents in the folder."""
     dtype = torch.bfloat16 if _dtype_name(request, device) == "bfloat16" else torch.float32
-    dit, fuser = load_models(model, dtype, device)
+    dit, fuser = checkpoint.load_transformer(dtype, device), checkpoint.load_fuser(dtype, device)
     progress.start("denoise", len(videos) * request.num_inference_steps)
     for video in videos:
         generator = sample_generator(request.seed, video.prompt, video.index)
-        condition_tokens, unconditional_tokens = _fuse(request, model, fuser, texts, video.prompt, device)
+        condition_tokens, unconditional_tokens = _fuse(request, checkpoint, fuser, texts, video.prompt, device)
         latents = denoise(
             dit,
-            make_scheduler(request.scheduler, model.snr_shift_scale, request.num_inference_steps, device),
+            make_scheduler(
+                request.scheduler, checkpoint.info.objective.snr_shift_scale, request.num_inference_steps, device
+            ),
             initial_noise(latent_shape, generator).to(device),
             condition_tokens,
             unconditional_tokens,
@@ -218,8 +224,8 @@ def _make_latents(
         )
         if not torch.isfinite(latents).all():
             raise CacheError(
-                f"{model.folder}: the latents of {video.prompt!r} came out as NaN or infinite; the model has diverged, "
-                f"or overflows in {dtype}: take an earlier checkpoint, or --dtype float32"
+                f"{checkpoint.folder}: the latents of {video.prompt!r} are NaN or infinite; the model has diverged, or "
+                f"overflows in {dtype}: take an earlier checkpoint, or --dtype float32"
             )
         folder.write_latents(video, latents[0].cpu())
 
@@ -227,7 +233,7 @@ def _make_latents(
 @torch.inference_mode()
 def _fuse(
     request: SampleRequest,
-    model: TrainedModel,
+    checkpoint: OpenCheckpoint,
     fuser: TokenFuser,
     texts: Mapping[str, TextFeatures],
     prompt: str,
@@ -235,15 +241,15 @@ def _fuse(
 ) -> tuple[Tensor, Tensor]:
     """The tokens with the prompt and without, (1, L, D) or (1, L+K, D) each."""
     text = _to_device(texts[prompt], device)
-    condition_tokens = fuser(*text, append_stabilizer=model.appends_stabilizer)
+    condition_tokens = fuser(*text, append_stabilizer=checkpoint.appends_stabilizer)
     if not request.guidance.is_on:
         return condition_tokens, condition_tokens
     if request.negative_prompt is not None:
         no_text = _to_device(texts[request.negative_prompt], device)
     else:
-        empty = _to_device(texts[""], device) if model.empty_text == "cached" else None
+        empty = _to_device(texts[""], device) if checkpoint.uses_empty_prompt else None
         no_text = drop_text(text, torch.ones(1, dtype=torch.bool), empty)
-    return condition_tokens, fuser(*no_text, append_stabilizer=model.appends_stabilizer)
+    return condition_tokens, fuser(*no_text, append_stabilizer=checkpoint.appends_stabilizer)
 
 
 def _to_device(text: TextFeatures, device: str) -> TextFeatures:
@@ -252,7 +258,7 @@ def _to_device(text: TextFeatures, device: str) -> TextFeatures:
 
 
 def _decode(
-    model: TrainedModel,
+    checkpoint: OpenCheckpoint,
     frozen: FrozenModels,
     folder: SampleFolder,
     videos: Sequence[Video],
@@ -263,14 +269,14 @@ def _decode(
     if not videos:
         return
     progress.start("decode", len(videos))
-    with frozen.decoder(model.latent_scaling_factor) as decode:
+    with frozen.decoder(checkpoint.info.data.latent_scaling_factor) as decode:
         for video in videos:
             latents = folder.read_latents(video, latent_shape)
             if latents is None:
                 raise MachineError(
                     f"{folder.latents_path(video)}: gone since it was written; run the same command again"
                 )
-            folder.write_video(video, decode(latents), model.fps)
+            folder.write_video(video, decode(latents), checkpoint.info.data.fps)
             progress.advance()
 
 

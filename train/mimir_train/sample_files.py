@@ -77,8 +77,8 @@ class SampleFolder:
                 raise InputError(f"{path}: not readable ({fault}); choose another --output-dir") from fault
             if changed:
                 raise InputError(
-                    f"--output-dir {self.root}: its videos were made with other settings ({'; '.join(changed)}); choose "
-                    f"another folder, or remove this one"
+                    f"--output-dir {self.root}: its videos were made with other settings ({'; '.join(changed)}); "
+                    f"choose another folder, or remove this one"
                 )
             return
         foreign = [video.name for video in videos if self.video_path(video).exists()]

@@ -6,18 +6,14 @@ One video at a time, so that its numbers depend on nothing but itself: its noise
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mimir_train.guidance import GuidanceName, apply_guidance, guidance_scale_at
+from mimir_train.guidance import apply_guidance, guidance_scale_at
 from mimir_train.model.dit import DiT
-
-SchedulerName = Literal["dpm", "ddim"]
-
-SCHEDULER_NAMES: tuple[SchedulerName, ...] = ("dpm", "ddim")
+from mimir_train.sampling_choices import Guidance
 
 
 class Stepper(Protocol):
@@ -31,19 +27,6 @@ class Stepper(Protocol):
     def step(self, v_prediction: Tensor, noisy_latents: Tensor, generator: torch.Generator) -> Tensor:
         """Take the next step: (B, C, T, h, w) float32 twice to the less noisy latents."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """How the predictions with and without text are put together."""
-
-    name: GuidanceName
-    scale: float
-    """1 turns guidance off: the model is then asked once a step."""
-
-    @property
-    def is_on(self) -> bool:
-        return self.scale > 1
 
 
 def sample_generator(seed: int, prompt: str, index: int) -> torch.Generator:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mimir_shared.errors import InputError
-from mimir_train.sampler import SchedulerName, Stepper
+from mimir_train.sampler import Stepper
+from mimir_train.sampling_choices import SchedulerName
 
 DiffusersScheduler = Any
 """CogVideoXDPMScheduler or CogVideoXDDIMScheduler; diffusers has no types."""

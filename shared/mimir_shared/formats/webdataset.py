@@ -33,7 +33,8 @@ class WebDatasetWriter:
 
     def __init__(self, file: BinaryIO, shard: int) -> None:
         self._output = _HashingFile(file)
-        self._tar = tarfile.open(fileobj=self._output, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]
+        output: Any = self._output  # a file as far as writing a tar needs one
+        self._tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT)
         self._shard = shard
         self._last_row = -1
 

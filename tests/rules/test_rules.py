@@ -1,0 +1,68 @@
+"""Rules of the house that a machine can check."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+FOLDERS = ("precompute", "train", "shared", "scripts", "benchmarks")
+
+
+def _sources() -> Iterator[Path]:
+    for folder in FOLDERS:
+        yield from sorted((REPOSITORY / folder).rglob("*.py"))
+
+
+def test_import_rules_hold() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_file_is_longer_than_400_lines_and_no_function_than_60() -> None:
+    # the two main paths, and functions that only list the options of a command, may be longer
+    long_by_right = {("cli.py", "encode"), ("loop.py", "train"), ("cli.py", "run"), ("cli_sample.py", "sample")}
+    found = []
+    for path in _sources():
+        text = path.read_text()
+        if text.count("\n") > 400:
+            found.append(f"{path}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (path.name, node.name) not in long_by_right:
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > 60:
+                    found.append(f"{path}:{node.lineno} {node.name}: {length} lines")
+    assert found == []
+
+
+def test_no_file_is_named_for_nothing() -> None:
+    names = {path.stem for path in _sources()}
+    assert names.isdisjoint({"utils", "util", "common", "helpers", "misc", "core"})
+
+
+def test_nothing_loads_remote_code_or_unpickles() -> None:
+    found = []
+    for path in _sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                    found.append(f"{path}:{node.value.lineno}: trust_remote_code")
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                if any(name.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib") for name in names):
+                    found.append(f"{path}:{node.lineno}: imports a pickler")
+            if isinstance(node, ast.Attribute) and node.attr in ("load", "save") and ast.unparse(node.value) == "torch":
+                found.append(f"{path}:{node.lineno}: torch.{node.attr}")
+    assert found == []
+
+
+@pytest.mark.parametrize("module", ["mimir_shared.snapshot", "mimir_precompute.pipeline", "mimir_precompute.verify"])
+def test_modules_that_need_no_model_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,5 @@
+"""`python -m mimir_train`, as torchrun starts it."""
+
+from mimir_train.cli import main
+
+main()

@@ -1,0 +1,174 @@
+"""mimir-train: parses the command line and calls one function. Nothing heavy is imported up here."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimir_shared.command_line import echo, make_app, run_app
+
+app = make_app(
+    "Train a text-to-video model and its token fuser straight from a cache that `mimir-precompute` made.\n\n"
+    "First step: `mimir-train run --cache CACHE --preset tiny --output-dir RUN`. On several GPUs: "
+    "`torchrun --nproc-per-node 8 -m mimir_train run …`."
+)
+
+_DATA = "Data"
+_MODEL = "Model"
+_OPTIMIZER = "Optimizer"
+_RUN = "Run"
+_SETTINGS = "Settings"
+
+Cache = Annotated[str, typer.Option(help="Folder of the cache.", show_default=False, rich_help_panel=_DATA)]
+FeatureOption = Annotated[
+    list[str] | None,
+    typer.Option("--feature", help="NAME=FINGERPRINT, where the cache has a feature more than once; repeatable.",
+                 show_default=False, rich_help_panel=_DATA),
+]  # fmt: skip
+ValidationShardsOption = Annotated[
+    int | None,
+    typer.Option(help="Shards of the highest numbers that are never trained on; default: one in 50, at most 4.",
+                 show_default=False, rich_help_panel=_DATA),
+]  # fmt: skip
+
+
+@app.command()
+def run(
+    cache: Annotated[str | None, typer.Option(help="Folder of the cache.", show_default=False, rich_help_panel=_DATA)]
+    = None,
+    output_dir: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run: config, metrics, checkpoints.",
+                                             show_default=False, rich_help_panel=_RUN)] = ...,  # type: ignore[assignment]
+    preset: Annotated[str | None, typer.Option(help="tiny, cogvideox-2b or cogvideox-5b; a run that goes on keeps its own.",
+                                               show_default=False, rich_help_panel=_SETTINGS)] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings, laid over the preset.", show_default=False,
+                                                rich_help_panel=_SETTINGS)] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One setting, laid over the file; "
+                                                          "repeatable.", show_default=False,
+                                                          rich_help_panel=_SETTINGS)] = None,
+    feature: FeatureOption = None,
+    global_batch_size: Annotated[int | None, typer.Option(help="Clips of a step over all ranks.", min=1,
+                                                          show_default=False, rich_help_panel=_DATA)] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Clips at once on a rank; the rest is accumulated.", min=1,
+                                                         show_default=False, rich_help_panel=_DATA)] = None,
+    validation_shards: ValidationShardsOption = None,
+    verify_reads: Annotated[str | None, typer.Option(help="always, first-epoch or never.", show_default=False,
+                                                     rich_help_panel=_DATA)] = None,
+    empty_text: Annotated[str | None, typer.Option(help="What dropped text becomes: zeros, or cached (the empty prompt).",
+                                                   show_default=False, rich_help_panel=_DATA)] = None,
+    fuser: Annotated[str | None, typer.Option(help="baseline, direct, norm, norm_ss, zeroconv, zeroconv_ss, norm_zeroconv "
+                                              "or mimir.", show_default=False, rich_help_panel=_MODEL)] = None,
+    stabilizer_start_step: Annotated[int | None, typer.Option(help="Append the stabilizer tokens from this step on.",
+                                                              show_default=False, rich_help_panel=_MODEL)] = None,
+    init_from: Annotated[str | None, typer.Option(help="Diffusers folder, hub id, or scratch.", show_default=False,
+                                                  rich_help_panel=_MODEL)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the transformer.", show_default=False,
+                                                        rich_help_panel=_OPTIMIZER)] = None,
+    fuser_learning_rate: Annotated[float | None, typer.Option(help="Of the fuser.", show_default=False,
+                                                              rich_help_panel=_OPTIMIZER)] = None,
+    lr_scheduler: Annotated[str | None, typer.Option(help="constant or cosine.", show_default=False,
+                                                     rich_help_panel=_OPTIMIZER)] = None,
+    lr_warmup_steps: Annotated[int | None, typer.Option(help="Steps in which the rates rise.", show_default=False,
+                                                        rich_help_panel=_OPTIMIZER)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of order, draws and first weights; default: 42", show_default=False,
+                                             rich_help_panel=_RUN)] = None,
+    max_train_steps: Annotated[int | None, typer.Option(help="Steps of the whole training.", min=1, show_default=False,
+                                                        rich_help_panel=_RUN)] = None,
+    stop_at_step: Annotated[int | None, typer.Option(help="Save and leave after so many, to go on later.", min=1,
+                                                     show_default=False, rich_help_panel=_RUN)] = None,
+    resume_from_checkpoint: Annotated[str | None, typer.Option(help="latest, a step's number, or a checkpoint's path.",
+                                                               show_default=False, rich_help_panel=_RUN)] = None,
+    checkpointing_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1, show_default=False,
+                                                            rich_help_panel=_RUN)] = None,
+    checkpoints_total_limit: Annotated[int | None, typer.Option(help="Keep only the newest so many.", min=1,
+                                                                show_default=False, rich_help_panel=_RUN)] = None,
+    validation_steps: Annotated[int | None, typer.Option(help="Steps between validation losses.", min=1,
+                                                         show_default=False, rich_help_panel=_RUN)] = None,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, both with a comma, or none.",
+                                                  show_default=False, rich_help_panel=_RUN)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=False,
+                                               rich_help_panel=_RUN)] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="Compute in float32 or bfloat16; weights stay float32.",
+                                                        show_default=False, rich_help_panel=_RUN)] = None,
+) -> None:  # fmt: skip
+    """Train transformer and fuser from a cache; stop it and run it again with --resume-from-checkpoint latest."""
+    from mimir_train.commands import RunRequest, build_config, parse_features, parse_reporters
+
+    settings = build_config(
+        RunRequest(
+            preset=preset,
+            output_dir=output_dir,
+            config_file=config,
+            assignments=tuple(assignments or ()),
+            flags={
+                "data.cache": cache,
+                "data.features": parse_features(feature or []),
+                "data.global_batch_size": global_batch_size,
+                "data.micro_batch_size": micro_batch_size,
+                "data.validation_shards": validation_shards,
+                "data.verify_reads": verify_reads,
+                "data.empty_text": empty_text,
+                "model.fuser": fuser,
+                "model.stabilizer_start_step": stabilizer_start_step,
+                "model.init_from": init_from,
+                "optimizer.learning_rate": learning_rate,
+                "optimizer.fuser_learning_rate": fuser_learning_rate,
+                "optimizer.schedule": lr_scheduler,
+                "optimizer.warmup_steps": lr_warmup_steps,
+                "run.seed": seed,
+                "run.max_train_steps": max_train_steps,
+                "run.stop_at_step": stop_at_step,
+                "run.checkpointing_steps": checkpointing_steps,
+                "run.checkpoints_total_limit": checkpoints_total_limit,
+                "run.validation_steps": validation_steps,
+                "run.report_to": parse_reporters(report_to),
+                "run.device": device,
+                "run.precision": mixed_precision,
+            },
+            resume=resume_from_checkpoint,
+        )
+    )
+    from mimir_train.loop import train  # torch comes with it: settings are checked first
+
+    outcome = train(settings, resume_from_checkpoint)
+    if outcome.checkpoint is not None:
+        echo(f"{outcome.checkpoint}: after {outcome.steps_done} steps")
+    elif not outcome.stopped_by_signal:
+        echo(f"{output_dir}: {outcome.steps_done} steps were trained already; nothing to do")
+    if outcome.stopped_by_signal:
+        raise typer.Exit(143)
+
+
+@app.command()
+def order(
+    cache: Cache,
+    global_batch_size: Annotated[int, typer.Option(help="Clips of a step over all ranks.", min=1, show_default=False)],
+    seed: Annotated[int, typer.Option(help="Of the run.")] = 42,
+    start_step: Annotated[int, typer.Option(help="First step to print; 0 is the first of a run.", min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(help="How many; default: one epoch.", min=0, show_default=False)] = None,
+    world_size: Annotated[int, typer.Option(help="Ranks that share a step.", min=1)] = 1,
+    feature: FeatureOption = None,
+    validation_shards: ValidationShardsOption = None,
+    shards_per_block: Annotated[int, typer.Option(help="As data.shards_per_block of the run.", min=1)] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for a program to read.")] = False,
+) -> None:
+    """Say which clips each rank sees at each step."""
+    from mimir_train.commands import OrderRequest, describe_order, order_lines, parse_features
+
+    request = OrderRequest(
+        cache=cache,
+        features=parse_features(feature or []) or {},
+        global_batch_size=global_batch_size,
+        seed=seed,
+        shards_per_block=shards_per_block,
+        validation_shards=validation_shards,
+        start_step=start_step,
+        steps=steps,
+        world_size=world_size,
+    )
+    for step, ranks in order_lines(request):
+        echo(describe_order(step, ranks, as_json=as_json))
+
+
+def main() -> None:
+    """Entry point of the program."""
+    run_app(app)

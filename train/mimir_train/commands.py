@@ -1,0 +1,126 @@
+"""What the commands of `mimir-train` do, once their options are parsed."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimir_shared.errors import InputError
+
+from mimir_train.cache_reader import open_cache
+from mimir_train.config import SCRATCH, TrainConfig
+from mimir_train.config_document import Document, nest, overlay, parse_assignment, read_document, train_config
+from mimir_train.order import TrainingOrder, check_batch_sizes, rank_positions
+from mimir_train.presets import preset_document
+from mimir_train.run_folder import resumed_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What the user asked of `run`."""
+
+    preset: str | None
+    output_dir: Path
+    config_file: Path | None
+    assignments: tuple[str, ...]
+    """Of --set."""
+    flags: Mapping[str, object]
+    """Dotted setting → value of its own option; None where the option was not given."""
+    resume: str | None
+
+
+def build_config(request: RunRequest) -> TrainConfig:
+    """Preset, or the settings that the run began with; over them the file, then --set, then options.
+
+    Raises: InputError for whatever does not fit, naming it.
+    """
+    began_with = resumed_settings(request.output_dir, request.resume)
+    document: Document
+    if began_with is not None:
+        document = began_with
+        if request.preset is not None and request.preset != began_with.get("preset"):
+            raise InputError(
+                f"--preset {request.preset}: {request.output_dir} began with {began_with.get('preset')}; leave it out"
+            )
+    elif request.preset is None:
+        raise InputError("--preset is missing: give tiny, cogvideox-2b or cogvideox-5b")
+    else:
+        document = preset_document(request.preset)
+    if request.config_file is not None:
+        document = overlay(document, read_document(request.config_file))
+    for assignment in request.assignments:
+        document = overlay(document, parse_assignment(assignment))
+    for name, value in request.flags.items():
+        if value is not None:
+            document = overlay(document, nest(name, value))
+    document = overlay(document, nest("run.output_dir", str(request.output_dir)))
+    return train_config(without_fitting(document))
+
+
+def without_fitting(document: Document) -> Document:
+    """A transformer that is loaded has its own sizes: the tiny preset's wish to fit them to the cache is dropped."""
+    model = document.get("model")
+    if isinstance(model, dict) and model.get("init_from", SCRATCH) != SCRATCH:
+        return overlay(document, nest("model.fit_to_cache", False))
+    return document
+
+
+def parse_features(choices: list[str]) -> dict[str, str] | None:
+    """feature → fingerprint of --feature name=fingerprint; None where none was given. Raises InputError."""
+    parsed = {}
+    for choice in choices:
+        name, equals, fingerprint = choice.partition("=")
+        if not equals or not name or not fingerprint:
+            raise InputError(f"--feature {choice}: expected name=fingerprint, for instance llm=0f3a")
+        parsed[name] = fingerprint
+    return parsed or None
+
+
+def parse_reporters(text: str | None) -> list[str] | None:
+    """The list of --report-to; "none" is an empty one."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [] if names == ["none"] else names
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderRequest:
+    """What the user asked of `order`."""
+
+    cache: str
+    features: Mapping[str, str]
+    global_batch_size: int
+    seed: int
+    shards_per_block: int
+    validation_shards: int | None
+    start_step: int
+    steps: int | None
+    """None: one epoch."""
+    world_size: int
+
+
+def order_lines(request: OrderRequest) -> Iterator[tuple[int, list[list[str]]]]:
+    """(step, keys of each rank) for the steps asked for. Raises InputError before the first."""
+    from mimir_train.held_out import held_out_shards
+
+    check_batch_sizes(request.global_batch_size, request.world_size, None)
+    cache = open_cache(request.cache, request.features)
+    order = TrainingOrder(
+        cache.buckets(held_out_shards(request.validation_shards, cache.num_shards)),
+        seed=request.seed,
+        global_batch_size=request.global_batch_size,
+        shards_per_block=request.shards_per_block,
+    )
+    steps = order.steps_per_epoch if request.steps is None else request.steps
+    for step in range(request.start_step, request.start_step + steps):
+        whole = order.batch(step)
+        keys = [cache.clip(cache.clip_number(whole.bucket, place)).key for place in whole.places]
+        ranks = [rank_positions(len(keys), rank, request.world_size) for rank in range(request.world_size)]
+        yield step, [keys[positions.start : positions.stop] for positions in ranks]
+
+
+def describe_order(step: int, ranks: list[list[str]], *, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"step": step, "ranks": ranks}, ensure_ascii=False)
+    return f"step {step}: " + " | ".join(f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(ranks))

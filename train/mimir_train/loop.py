@@ -1,0 +1,304 @@
+"""MAIN PATH of stage two: `train` reads a cache, and trains transformer and fuser from it.
+
+Steps are counted from 0. A checkpoint named step-00000020 holds what 20 steps made of the model, steps 0 to 19; the
+next to be trained is step 20, and `mimir-train order --start-step 20` says of which clips.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
+from mimir_train.cache_reader import Cache, newer_plan, open_cache
+from mimir_train.checkpoint import remove_old_checkpoints, save_checkpoint
+from mimir_train.config import TrainConfig
+from mimir_train.fit import FittedRun, describe_fit, fit
+from mimir_train.metrics import open_metrics
+from mimir_train.model.dit import DiT
+from mimir_train.model.fuser import TokenFuser
+from mimir_train.objective import NoiseSchedule
+from mimir_train.optimizer import build_optimizer, optimizer_tensors, rate_factor, set_rates
+from mimir_train.order import TrainingOrder, check_batch_sizes
+from mimir_train.parallel import Parallel, start_parallel
+from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
+from mimir_train.run_folder import RunFolder, open_run
+from mimir_train.step_check import refuse_non_finite
+from mimir_train.trained_model import Objective, TrainedModel, clip_losses
+from mimir_train.transformer_folder import load_transformer
+from mimir_train.validation import ValidationSet, find_validation_set, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """How a run ended."""
+
+    steps_done: int
+    """Of the whole training."""
+    checkpoint: Path | None
+    """Written last; None where there was nothing left to train."""
+    stopped_by_signal: bool
+
+
+def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
+    """Train until config.run.last_step, or until SIGTERM, and leave a checkpoint.
+
+    Args:
+        resume: "latest", the number of a step, or the path of a checkpoint or run; None: begin anew.
+    Raises: InputError and CacheError before anything is built; NonFiniteLossError before the optimizer's step;
+        MachineError for faults of disk, device and peers.
+    """
+    with start_parallel(config.run.device) as parallel, catch_sigterm() as stop:
+        console = Console(stderr=True, highlight=False, quiet=not parallel.is_first)
+        run = open_run(config, resume, lambda line: console.print(line, soft_wrap=True))
+        cache = open_cache(config.data.cache, config.data.features, snapshot=config.data.snapshot)
+        fitted = fit(config, cache, initial_of(run, config))
+        order = build_order(fitted, cache, parallel)
+        say_what_is_trained(console, fitted, cache, order)
+
+        trainer = build_trainer(fitted, cache, order, parallel, run)
+        first_step = load_checkpoint(run, trainer.model, trainer.optimizer, order, fitted)
+        last_step = fitted.config.run.last_step
+        if parallel.is_first:
+            run.write_config(fitted.config)
+
+        checkpoint = None
+        with open_metrics(
+            run.path, config.run.report_to, console, first_step=first_step, last_step=last_step,
+            is_first=parallel.is_first,
+        ) as sinks:  # fmt: skip
+            for batch, data_wait_s in timed(trainer.loader.batches(first_step, last_step)):
+                started = time.perf_counter() - data_wait_s
+                rates = set_rates(trainer.optimizer, rate_factor(config.optimizer, batch.step, config.run.max_train_steps))
+
+                losses = accumulate_gradients(trainer, batch)
+                grad_norm = clip_gradients(trainer)
+                everyone = parallel.gather([*losses, grad_norm, float(stop.requested)])
+                refuse_non_finite(everyone, batch.step, clips_of_step(cache, order, batch.step))
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad(set_to_none=True)
+
+                steps_done, stopping = batch.step + 1, any(row[-1] for row in everyone)
+                figures = {
+                    "step": batch.step,
+                    "epoch": batch.epoch,
+                    "bucket": batch.bucket,
+                    "loss": mean_loss(everyone),
+                    "grad_norm": grad_norm,
+                    "lr": rates["dit"],
+                    **({"lr_fuser": rates["fuser"]} if "fuser" in rates else {}),
+                    "step_s": (step_s := time.perf_counter() - started),
+                    "data_wait_s": data_wait_s,
+                    "samples_per_s": order.global_batch_size / step_s,
+                }
+                if batch.step % config.run.fuser_figures_steps == 0:
+                    figures |= fuser_figures(trainer, batch)
+                if trainer.validation is not None and is_due(steps_done, config.run.validation_steps, last_step):
+                    figures |= validate(trainer.validation, trainer.model, trainer.objective, parallel, batch.step)
+                for sink in sinks:
+                    sink.add(figures)
+
+                if stopping or is_due(steps_done, config.run.checkpointing_steps, last_step):
+                    checkpoint = save(trainer, run, steps_done)
+                if stopping:
+                    return TrainOutcome(steps_done=steps_done, checkpoint=checkpoint, stopped_by_signal=True)
+    return TrainOutcome(steps_done=max(first_step, last_step), checkpoint=checkpoint, stopped_by_signal=False)
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """What the steps of a run work with."""
+
+    fitted: FittedRun
+    cache: Cache
+    order: TrainingOrder
+    parallel: Parallel
+    model: TrainedModel
+    wrapped: nn.Module
+    """The model as its gradients are averaged over ranks."""
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    loader: BatchLoader
+    validation: ValidationSet | None
+
+
+def build_order(fitted: FittedRun, cache: Cache, parallel: Parallel) -> TrainingOrder:
+    """The order of all steps. Raises InputError for a batch that fits neither the ranks nor any bucket."""
+    data = fitted.config.data
+    check_batch_sizes(data.global_batch_size, parallel.world_size, data.micro_batch_size)
+    return TrainingOrder(
+        cache.buckets(fitted.held_out),
+        seed=fitted.config.run.seed,
+        global_batch_size=data.global_batch_size,
+        shards_per_block=data.shards_per_block,
+    )
+
+
+def build_trainer(
+    fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel, run: RunFolder
+) -> Trainer:
+    """Model with its first weights, optimizer, objective, reader and validation set."""
+    config, layout = fitted.config, fitted.layout
+    torch.manual_seed(config.run.seed)  # of the first weights only: every draw of a step has a key of its own
+    model = TrainedModel(build_transformer(fitted), TokenFuser(fitted.fuser)).to(parallel.device)
+    assert config.model.latent_scaling_factor is not None, "fit leaves nothing open"
+    objective = Objective(
+        schedule=NoiseSchedule.cogvideox(config.objective.snr_shift_scale).to(parallel.device),
+        seed=config.run.seed,
+        global_batch_size=order.global_batch_size,
+        latent_scaling_factor=config.model.latent_scaling_factor,
+        text_dropout=config.objective.text_dropout,
+        empty_text=read_empty_text(cache, layout) if config.data.empty_text == "cached" else None,
+        precision=config.run.precision,
+    )
+    loader = BatchLoader(
+        cache,
+        order,
+        layout,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        verify=config.data.verify_reads,
+        prefetch=config.data.prefetch_batches,
+    )
+    validation = None
+    if fitted.held_out:
+        size = config.data.micro_batch_size or order.global_batch_size // parallel.world_size
+        limit = config.run.validation_clips
+        validation = find_validation_set(cache, layout, fitted.held_out, limit=limit, batch_size=size)
+    return Trainer(
+        fitted=fitted,
+        cache=cache,
+        order=order,
+        parallel=parallel,
+        model=model,
+        wrapped=parallel.wrap(model, find_unused=fitted.fuser.stabilizer_start_step > 0),
+        optimizer=build_optimizer(config.optimizer, model.dit, model.fuser),
+        objective=objective,
+        loader=loader,
+        validation=validation,
+    )
+
+
+def build_transformer(fitted: FittedRun) -> DiT:
+    """The transformer in float32: from its folder, or drawn at random."""
+    if fitted.initial.folder is None:
+        return DiT(fitted.initial.config)
+    return load_transformer(fitted.initial.folder, dtype=torch.float32)
+
+
+def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> list[float]:
+    """Forward and backward over this rank's clips, a micro-batch at a time.
+
+    Returns: the loss of each clip. Gradients are of their mean over the global batch, once ranks are averaged.
+    """
+    losses: list[Tensor] = []
+    parts = list(batch.micro_batches(trainer.fitted.config.data.micro_batch_size))
+    for part in parts:
+        with average_gradients(trainer.wrapped, now=part is parts[-1]):
+            clip_loss = clip_losses(
+                trainer.wrapped, trainer.model.fuser_config, trainer.objective, part.to(trainer.parallel.device)
+            )
+            (clip_loss.sum() / len(batch.clips)).backward()  # type: ignore[no-untyped-call]
+        losses.append(clip_loss.detach())
+    values: list[float] = torch.cat(losses).tolist()
+    return values
+
+
+@contextmanager
+def average_gradients(wrapped: nn.Module, *, now: bool) -> Iterator[None]:
+    """Exchange gradients in this backward only if `now`: once a step, not once a micro-batch."""
+    waits = isinstance(wrapped, nn.parallel.DistributedDataParallel) and not now
+    with wrapped.no_sync() if waits else nullcontext():  # type: ignore[operator]  # a method of that class alone
+        yield
+
+
+def clip_gradients(trainer: Trainer) -> float:
+    """Scale gradients down to the norm allowed; returns the norm they had."""
+    limit = trainer.fitted.config.optimizer.clip_norm
+    return float(nn.utils.clip_grad_norm_(trainer.model.parameters(), limit))
+
+
+def mean_loss(everyone: list[list[float]]) -> float:
+    """Over the global batch; each row ends with two numbers that are no losses."""
+    losses = [loss for row in everyone for loss in row[:-2]]
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def fuser_figures(trainer: Trainer, batch: TrainingBatch) -> dict[str, float]:
+    """Norms and shares of the fuser's branches, on this rank's clips; {} for a fuser without parameters."""
+    if not trainer.parallel.is_first:
+        return {}
+    text = batch.to(trainer.parallel.device).text
+    return {f"fuser/{name}": value for name, value in trainer.model.fuser.figures(text.t5_embeds, text.llm).items()}
+
+
+def save(trainer: Trainer, run: RunFolder, steps_done: int) -> Path | None:
+    """Write a checkpoint from the first rank; the others wait, so that none leaves before it is there."""
+    written = None
+    if trainer.parallel.is_first:
+        written = save_checkpoint(
+            run.path,
+            trainer.model,
+            optimizer_tensors(trainer.optimizer, trainer.model),
+            training_state(trainer.fitted.config, trainer.order, steps_done),
+            lambda step, files: checkpoint_info(trainer.fitted, trainer.cache, trainer.order, step, files),
+        )
+        remove_old_checkpoints(run.path, trainer.fitted.config.run.checkpoints_total_limit)
+    trainer.parallel.wait_for_all()
+    return written
+
+
+def is_due(steps_done: int, every: int, last_step: int) -> bool:
+    return steps_done % every == 0 or steps_done == last_step
+
+
+def say_what_is_trained(console: Console, fitted: FittedRun, cache: Cache, order: TrainingOrder) -> None:
+    newer = newer_plan(cache)
+    for line in [*([f"note: {newer}"] if newer else []), *describe_fit(fitted, cache), *order.describe()]:
+        console.print(line, soft_wrap=True)
+
+
+def timed(batches: Iterator[TrainingBatch]) -> Iterator[tuple[TrainingBatch, float]]:
+    """Each batch with the seconds that were waited for it."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started
+
+
+@dataclass
+class StopRequest:
+    """Whether SIGTERM came; a step that has begun is finished."""
+
+    requested: bool = field(default=False)
+
+
+@contextmanager
+def catch_sigterm() -> Iterator[StopRequest]:
+    """Take note of SIGTERM in place of dying by it. A second one ends the process as usual."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may install handlers
+        return
+
+    def take_note(number: int, frame: object) -> None:
+        request.requested = True
+        signal.signal(signal.SIGTERM, previous)
+        sys.stderr.write("SIGTERM: finishing this step, then saving\n")
+
+    previous = signal.signal(signal.SIGTERM, take_note)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, previous)

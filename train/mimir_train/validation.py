@@ -1,0 +1,107 @@
+"""The validation loss: clips of held-out shards, at fixed timesteps, with the same noise every time."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from mimir_shared.errors import NonFiniteLossError
+
+from mimir_train.batch import FeatureLayout, TrainingBatch, read_batch
+from mimir_train.cache_reader import Cache
+from mimir_train.objective import NUM_TRAIN_TIMESTEPS, keyed_normal, v_loss
+from mimir_train.parallel import Parallel
+from mimir_train.trained_model import Objective, TrainedModel, draw_latents
+
+QUANTILES: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of the timesteps; CogVideoX reports its losses at these (table 9)."""
+
+_STEP: Final = -1
+"""Keys the draws: no training step has this number, so no draw is shared with training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """Which clips are judged, fixed for the whole run."""
+
+    cache: Cache
+    layout: FeatureLayout
+    groups: tuple[tuple[tuple[int, int], ...], ...]
+    """Batches of one bucket: (position in the set, index number) of each clip."""
+
+    @property
+    def num_clips(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+
+def find_validation_set(
+    cache: Cache, layout: FeatureLayout, held_out: tuple[int, ...], *, limit: int, batch_size: int
+) -> ValidationSet:
+    """Take up to `limit` clips of the held-out shards, first rows first, and batch them by bucket."""
+    training = {shard for shard in range(cache.num_shards)} - set(held_out)
+    groups: list[tuple[tuple[int, int], ...]] = []
+    position = 0
+    for bucket in cache.buckets(held_out=training):
+        places = cache.clip_numbers(bucket)[: max(limit - position, 0)]
+        numbered = [(position + i, number) for i, number in enumerate(places)]
+        groups += [tuple(numbered[start : start + batch_size]) for start in range(0, len(numbered), batch_size)]
+        position += len(numbered)
+    return ValidationSet(cache=cache, layout=layout, groups=tuple(groups))
+
+
+@torch.no_grad()
+def validate(
+    validation: ValidationSet, model: TrainedModel, objective: Objective, parallel: Parallel, step: int
+) -> dict[str, float]:
+    """The mean v-loss at each quantile, and their mean. The ranks share the batches.
+
+    Args:
+        step: that was trained last: decides whether stabilizer tokens are there.
+    Raises: NonFiniteLossError.
+    """
+    sums = [0.0] * len(QUANTILES)
+    for group in validation.groups[parallel.rank :: parallel.world_size]:
+        batch = _read(validation, group).to(parallel.device)
+        for i, quantile in enumerate(QUANTILES):
+            timestep = int(quantile * NUM_TRAIN_TIMESTEPS)
+            sums[i] += float(_losses(model, objective, batch, timestep, step).sum())
+    totals = [sum(values) for values in zip(*parallel.gather(sums), strict=True)]
+    losses = [total / validation.num_clips for total in totals]
+    figures = {
+        f"validation/loss_t{int(quantile * NUM_TRAIN_TIMESTEPS)}": loss
+        for quantile, loss in zip(QUANTILES, losses, strict=True)
+    }
+    figures["validation/loss"] = sum(losses) / len(losses)
+    if not all(torch.isfinite(torch.tensor(losses))):
+        raise NonFiniteLossError(f"step {step}: the validation loss is {figures}; lower the learning rates")
+    return figures
+
+
+def _read(validation: ValidationSet, group: tuple[tuple[int, int], ...]) -> TrainingBatch:
+    clips, latents, text = read_batch(
+        validation.cache, validation.layout, [number for _, number in group], verify=True
+    )
+    return TrainingBatch(
+        step=_STEP,
+        epoch=0,
+        bucket=clips[0].bucket,
+        clips=clips,
+        positions=tuple(position for position, _ in group),
+        latents=latents,
+        holds_moments=validation.layout.latents == "vae_moments",
+        text=text,
+    )
+
+
+def _losses(model: TrainedModel, objective: Objective, batch: TrainingBatch, timestep: int, step: int) -> Tensor:
+    """(B,) at one timestep, the text never dropped."""
+    device = batch.latents.device
+    latents = draw_latents(objective, batch)  # (B, C, T, h, w)
+    noise = keyed_normal("noise", objective.seed, _STEP, batch.positions, latents.shape[1:], device)
+    timesteps = torch.full((len(batch.clips),), timestep, device=device)
+    noisy_latents = objective.schedule.add_noise(latents, noise, timesteps)
+    append_stabilizer = model.fuser_config.appends_stabilizer(step)
+    with objective.autocast(device):
+        v_prediction = model(noisy_latents, batch.text, timesteps, append_stabilizer=append_stabilizer)
+    return v_loss(v_prediction, objective.schedule.v_target(latents, noise, timesteps))
