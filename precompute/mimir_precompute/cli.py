@@ -104,7 +104,7 @@ def plan(
     if as_json:
         echo(report_json(report))
     else:
-        from mimir_precompute.commands import describe_plan
+        from mimir_precompute.messages import describe_plan
 
         echo(describe_plan(report, dry_run=dry_run))
 
@@ -155,7 +155,8 @@ def encode(
                                              rich_help_panel=_WHERE)] = "error",
 ) -> None:  # fmt: skip
     """Encode the clips into the cache; run it again and it goes on where it stopped."""
-    from mimir_precompute.commands import EncodeRequest, describe_outcome, run_encode
+    from mimir_precompute.commands import EncodeRequest, run_encode
+    from mimir_precompute.messages import describe_outcome
 
     request = EncodeRequest(
         clips=clips,
@@ -187,7 +188,7 @@ def encode(
 @app.command()
 def status(cache: CacheArgument, as_json: Json = False) -> None:
     """Say how far a cache is."""
-    from mimir_precompute.commands import describe_status
+    from mimir_precompute.messages import describe_status
     from mimir_precompute.status import read_status
     from mimir_shared.storage import open_storage
 
@@ -198,7 +199,7 @@ def status(cache: CacheArgument, as_json: Json = False) -> None:
 @app.command()
 def verify(cache: CacheArgument, as_json: Json = False) -> None:
     """Read everything again and say what is wrong; exit code 4 if something is."""
-    from mimir_precompute.commands import describe_verification
+    from mimir_precompute.messages import describe_verification
     from mimir_precompute.verify import verify_cache
     from mimir_shared.storage import open_storage
 
@@ -236,7 +237,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print all that is known of one clip; decode its latents back to video."""
-    from mimir_precompute.commands import describe_inspection, run_inspect
+    from mimir_precompute.commands import run_inspect
+    from mimir_precompute.messages import describe_inspection
 
     described = run_inspect(cache, key, video, models=models, vae=vae, device=device)
     echo(json.dumps(described) if as_json else describe_inspection(described))

@@ -1,4 +1,4 @@
-"""From the words of the command line to one call of the work, and from its result to words again."""
+"""From the options of the command line, checked, to one call of the work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,10 @@ from mimir_precompute.config import (
     VaeSettings,
 )
 from mimir_precompute.device import choose_device
+from mimir_precompute.messages import describe_plan
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
 from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_plan
 from mimir_precompute.presets import PRESETS, Preset, find_preset
-from mimir_precompute.status import CacheStatus
-from mimir_precompute.verify import VerifyReport
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import find_features, select_features
 from mimir_shared.features import FEATURES, FeatureName
@@ -292,107 +291,3 @@ def run_inspect(
         decoder = load_decoder(source, spec.identity, choose_device(device))
         write_video(video, decoder.decode_latents(posterior_mean(tensors)), plan.settings.fps)
     return described
-
-
-def describe_plan(report: PlanReport, *, dry_run: bool = False) -> str:
-    """One line on what planning found."""
-    changes = [
-        f"{count} {name}"
-        for count, name in ((report.new, "new"), (report.changed, "changed"), (report.removed, "removed"))
-        if count
-    ]
-    missing = f"; {report.missing_files} files are missing" if report.missing_files else ""
-    done = "would be planned" if dry_run else ("planned" if report.written else "nothing to plan")
-    return (
-        f"plan: {report.clips} clips ({', '.join(changes) or 'all as planned before'}){missing}; "
-        f"{report.new_shards} new of {report.shards} shards: {done}"
-    )
-
-
-def describe_outcome(cache: str, outcome: EncodeOutcome) -> str:
-    """What a call of `encode` did, in a few lines."""
-    lines = []
-    if outcome.nothing_to_do:
-        features = ", ".join(feature.feature for feature in outcome.features)
-        lines.append(f"nothing to do: every chosen shard of {features} is committed")
-    for feature in outcome.features:
-        if feature.shards_made:
-            copied = f", {feature.copied} copied (same input as before)" if feature.copied else ""
-            before = f"; {feature.shards_done_before} shards were there" if feature.shards_done_before else ""
-            lines.append(
-                f"{feature.feature}: {feature.shards_made} shards, {feature.encoded} clips encoded{copied}, "
-                f"{feature.quarantined} quarantined, {feature.nbytes / 1e6:.1f} MB{before}"
-            )
-    if outcome.quarantined:
-        shown = "; ".join(f"{key} ({why})" for key, why in sorted(outcome.quarantined.items())[:5])
-        more = f" and {len(outcome.quarantined) - 5} more" if len(outcome.quarantined) > 5 else ""
-        lines.append(f"quarantined: {shown}{more}")
-    if outcome.snapshot is not None:
-        lines.append(f"{cache}: complete, snapshot {outcome.snapshot.digest[:12]} with {outcome.snapshot.clips} clips")
-    else:
-        lines.append(f"{cache}: not complete yet; other shards or features are missing")
-    return "\n".join(lines)
-
-
-def describe_status(cache: str, status: CacheStatus) -> str:
-    """The table of `status`."""
-    lines = [
-        f"{cache}: {status.clips} clips in {status.shards} shards, {'complete' if status.complete else 'unfinished'}"
-    ]
-    lines.append(f"{'feature':<9}{'fingerprint':<14}{'shards':>12}{'ok':>9}{'quarantined':>13}{'MB':>11}")
-    for name in FEATURES:
-        for one in status.features.get(name, []):
-            shards = f"{one.shards_done}/{status.shards}"
-            lines.append(
-                f"{name:<9}{one.fingerprint:<14}{shards:>12}{one.ok:>9}{one.quarantined:>13}{one.bytes / 1e6:>11.1f}"
-            )
-    for (feature, stage, reason), count in sorted(status.quarantine.items()):
-        lines.append(f"quarantined in {feature}: {count} at {stage}: {reason}")
-    if status.snapshots:
-        lines.append(f"snapshots: {', '.join(digest[:12] for digest in status.snapshots)} (newest last)")
-    return "\n".join(lines)
-
-
-def describe_verification(cache: str, report: VerifyReport) -> str:
-    """What `verify` found."""
-    lines = [
-        f"{cache}: {report.shards} shards, {report.samples} samples, {report.bytes / 1e6:.1f} MB read; "
-        f"{'all is well' if report.ok else f'{len(report.problems)} problems'}"
-    ]
-    for problem in report.problems[:50]:
-        place = "/".join(str(part) for part in (problem.feature, problem.shard, problem.row) if part not in (None, ""))
-        lines.append(f"  {problem.kind} {place}: {problem.detail}")
-    if len(report.problems) > 50:
-        lines.append(f"  … and {len(report.problems) - 50} more (--json has all)")
-    for name, count in report.unfinished.items():
-        lines.append(f"  not finished: {count} shards of {name} are not encoded yet")
-    return "\n".join(lines)
-
-
-def describe_inspection(described: dict[str, Any]) -> str:
-    """All that is known of one clip, a line for each fact."""
-    lines = [f"{name}: {value}" for name, value in described.items() if name != "features" and value is not None]
-    for feature, facts in described["features"].items():
-        lines.append(f"{feature}: {facts['status']}")
-        for name, value in facts.items():
-            if name == "tensors":
-                lines += [f"    {_describe_tensor(tensor)}" for tensor in value]
-            elif name == "document":
-                lines += [f"    {line}" for line in _describe_document(value)]
-            elif name != "status" and value is not None:
-                lines.append(f"    {name}: {value}")
-    return "\n".join(lines)
-
-
-def _describe_tensor(tensor: dict[str, Any]) -> str:
-    shape = "x".join(str(size) for size in tensor["shape"])
-    values = "".join(f" {name} {tensor[name]:.4g}" for name in ("mean", "std", "min", "max") if name in tensor)
-    return f"{tensor['name']}: {tensor['dtype']} {shape}, {tensor['nbytes']} bytes at {tensor['offset']}{values}"
-
-
-def _describe_document(document: dict[str, Any]) -> list[str]:
-    lines = []
-    for variant, answers in enumerate(document.get("variants", ())):
-        lines.append(f"answer {variant}: {answers['answer']['text']!r}")
-        lines += [f"answer {variant}, {one['name']}: {one['text']!r}" for one in answers["instructions"]]
-    return lines + [f"{name}: {value}" for name, value in document.items() if name not in ("variants", "bucket")]

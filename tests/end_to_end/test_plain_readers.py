@@ -10,6 +10,7 @@ import pytest
 import torch
 import webdataset
 from safetensors.torch import load
+
 from tests.programs import run
 
 

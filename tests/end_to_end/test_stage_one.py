@@ -12,8 +12,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from PIL import Image, ImageOps
-from tests.fake_encoders import tree
-from tests.programs import run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5EncoderModel
 
 from mimir_precompute.clips import read_clip
@@ -23,6 +21,8 @@ from mimir_shared.feature_folder import find_features
 from mimir_shared.features import FEATURES, FeatureTensor
 from mimir_shared.plan_file import read_plan
 from mimir_shared.storage import LocalStorage
+from tests.fake_encoders import tree
+from tests.programs import run, start
 
 GEOMETRY = Geometry(buckets=(Bucket.parse("9x64x96"), Bucket.parse("1x64x96")), fps=8.0)
 

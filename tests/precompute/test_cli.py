@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.programs import environment
 
 from mimir_precompute import cli
 from mimir_precompute.commands import parse_features, parse_shards
 from mimir_shared.errors import InputError
+from tests.programs import environment
 
 
 def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

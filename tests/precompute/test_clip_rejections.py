@@ -9,6 +9,11 @@ import av
 import numpy as np
 import pytest
 import xxhash
+
+from mimir_precompute import clip_source, image_file, video_file
+from mimir_precompute.clip_source import hash_source
+from mimir_precompute.clips import read_clip
+from mimir_shared.errors import MachineError
 from tests.precompute import media
 from tests.precompute.media import (
     FFV1,
@@ -21,11 +26,6 @@ from tests.precompute.media import (
     rejection,
     video_bytes,
 )
-
-from mimir_precompute import clip_source, image_file, video_file
-from mimir_precompute.clip_source import hash_source
-from mimir_precompute.clips import read_clip
-from mimir_shared.errors import MachineError
 
 
 class TestRejections:

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tests.precompute import media
-from tests.precompute.media import NINE, ONE, TINY, VideoStyle, grey_frames, numbers, psnr, rejection, video_bytes
 
 from mimir_precompute import clips, video_file
 from mimir_precompute.clips import choose_bucket, num_frames_at, probe_clip, read_clip
 from mimir_precompute.config import Bucket, Geometry
 from mimir_precompute.frames import Span, shown_at
+from tests.precompute import media
+from tests.precompute.media import NINE, ONE, TINY, VideoStyle, grey_frames, numbers, psnr, rejection, video_bytes
 
 CLIPS = Path(__file__).parents[2] / ".." / "shared" / "clips"
 real_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="../shared/clips is not here")

@@ -10,6 +10,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+
+from mimir_precompute.clips import probe_clip, read_clip
+from mimir_precompute.config import Bucket, Geometry
+from mimir_precompute.frames import FrameCutter, Orientation
+from mimir_precompute.rejection import ClipRejected
 from tests.precompute import media
 from tests.precompute.media import (
     MPEG4,
@@ -23,11 +28,6 @@ from tests.precompute.media import (
     rejection,
     video_bytes,
 )
-
-from mimir_precompute.clips import probe_clip, read_clip
-from mimir_precompute.config import Bucket, Geometry
-from mimir_precompute.frames import FrameCutter, Orientation
-from mimir_precompute.rejection import ClipRejected
 
 
 class TestUpright:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_encoders import FakeEncoders, encode_fake, tree
 
 from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
@@ -22,6 +21,7 @@ from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.storage import LocalStorage
+from tests.fake_encoders import FakeEncoders, encode_fake, tree
 
 
 def encode(clips: Path | None, cache: Path, encoders: FakeEncoders | None = None, **options: Any) -> EncodeOutcome:

@@ -100,6 +100,7 @@ def write_checkpoint(
     model: TrainedModel,
     step: int = 20,
     snr_shift_scale: float = 1.0,
+    empty_text: str = "zeros",
 ) -> Path:
     """Write RUN/checkpoints/step-…; gives that folder."""
 
@@ -122,7 +123,7 @@ def write_checkpoint(
                 },
                 "objective": {"snr_shift_scale": snr_shift_scale},
                 "fuser": fuser_document(model.fuser.config),
-                "text": {"t5_rows": T5_ROWS, "answer_variant": 0},
+                "text": {"t5_rows": T5_ROWS, "answer_variant": 0, "empty_text": empty_text},
             }
         )
 

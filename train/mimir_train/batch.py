@@ -53,7 +53,8 @@ def find_layout(cache: Cache, *, llm: bool) -> FeatureLayout:
     of_bucket = {bucket: {spec.name: spec.sizes for spec in latents_spec.tensor_specs(bucket)} for bucket in buckets}
     latents = next((name for name in LATENT_TENSORS if all(name in sizes for sizes in of_bucket.values())), None)
     if latents is None:
-        raise CacheError(f"{cache.storage.root}: `latents` has {of_bucket}, expected one of {', '.join(LATENT_TENSORS)}")
+        expected = ", ".join(LATENT_TENSORS)
+        raise CacheError(f"{cache.storage.root}: `latents` has {of_bucket}, expected one of {expected} in every bucket")
     sizes_of = {bucket: tuple(int(size or 0) for size in sizes[latents]) for bucket, sizes in of_bucket.items()}
     channels = {sizes[0] // (2 if latents == "vae_moments" else 1) for sizes in sizes_of.values()}
     assert len(channels) == 1, f"buckets with different channels: {sizes_of}"

@@ -1,7 +1,7 @@
 """Reads a cache as its snapshot pins it: any clip, any feature, one read each, every byte checked. No torch here.
 
-    cache = open_cache("CACHE")
-    tensors = cache.read(0, "latents")           # {"vae_moments": FeatureTensor}
+cache = open_cache("CACHE")
+tensors = cache.read(0, "latents")           # {"vae_moments": FeatureTensor}
 """
 
 import os
@@ -63,7 +63,7 @@ class Cache:
 
     @property
     def num_clips(self) -> int:
-        return self._index.num_rows
+        return int(self._index.num_rows)
 
     @property
     def num_shards(self) -> int:
@@ -118,9 +118,7 @@ class Cache:
             shards, sizes = np.unique(self._shards[numbers], return_counts=True)
             kept = [(int(s), int(n)) for s, n in zip(shards, sizes, strict=True) if int(s) not in held_out]
             if kept:
-                found.append(
-                    BucketShards(name=name, shards=tuple(s for s, _ in kept), sizes=tuple(n for _, n in kept))
-                )
+                found.append(BucketShards(name=name, shards=tuple(s for s, _ in kept), sizes=tuple(n for _, n in kept)))
         return tuple(found)
 
     def clip_number(self, bucket: str, place: ClipPlace) -> int:
@@ -262,7 +260,8 @@ def open_cache(location: str, wanted: Mapping[str, str] | None = None, *, snapsh
         if chosen is None:
             raise CacheError(
                 f"{storage.root}: snapshot {snapshot[:12]} is not here; the cache has "
-                f"{', '.join(found.digest[:12] for found in snapshots) or 'none'}; give the cache that the run began with"
+                f"{', '.join(found.digest[:12] for found in snapshots) or 'none'}; give the cache that the run began "
+                f"with"
             )
     else:
         fitting = [found for found in snapshots if _fits(found, wanted or {})]
@@ -279,8 +278,8 @@ def newer_plan(cache: Cache) -> str | None:
     if later <= 0:
         return None
     return (
-        f"{cache.storage.root}: {later} plan file(s) came after snapshot {cache.snapshot.digest[:12]}; to train on their "
-        f"clips too: `mimir-precompute encode --cache {cache.storage.root} --shards all`"
+        f"{cache.storage.root}: {later} plan file(s) came after snapshot {cache.snapshot.digest[:12]}; to train on "
+        f"their clips too: `mimir-precompute encode --cache {cache.storage.root} --shards all`"
     )
 
 

@@ -84,6 +84,7 @@ class TextRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     t5_rows: int
     answer_variant: int
+    empty_text: Literal["zeros", "cached"] = Field("zeros", description="what stood in place of dropped text")
 
 
 class ObjectiveRecord(BaseModel):
@@ -215,7 +216,7 @@ def find_checkpoint(path: Path, *, say: Say | None = None, parts: Collection[str
     say = say or (lambda line: print(line, file=sys.stderr))  # noqa: T201 (the caller gave no other way to tell)
     folders = [path] if is_checkpoint_folder(path) else list_checkpoints(path)
     if not folders:
-        raise InputError(f"{path}: no checkpoint here; expected {CHECKPOINTS}/{step_folder_name(0)} or a folder like it")
+        raise InputError(f"{path}: no checkpoint here; expected {CHECKPOINTS}/{step_folder_name(20)} or one like it")
     for folder in reversed(folders):
         problem = check_checkpoint(folder, parts)
         if problem is None:
@@ -239,7 +240,7 @@ def read_checkpoint_info(path: Path, *, parts: Collection[str] | None = None) ->
     """
     problem = check_checkpoint(path, parts)
     if problem is not None:
-        raise CacheError(f"{problem}; the checkpoint is damaged: take another one of the run, or restore it from a copy")
+        raise CacheError(f"{problem}; the checkpoint is damaged: take another of the run, or restore it from a copy")
     return _read_manifest(path)
 
 

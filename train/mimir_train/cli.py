@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mimir_shared.command_line import echo, make_app, run_app
+from mimir_train.cli_sample import add_commands
 
 app = make_app(
     "Train a text-to-video model and its token fuser straight from a cache that `mimir-precompute` made.\n\n"
@@ -38,25 +39,26 @@ def run(
     = None,
     output_dir: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run: config, metrics, checkpoints.",
                                              show_default=False, rich_help_panel=_RUN)] = ...,  # type: ignore[assignment]
-    preset: Annotated[str | None, typer.Option(help="tiny, cogvideox-2b or cogvideox-5b; a run that goes on keeps its own.",
+    preset: Annotated[str | None, typer.Option(help="tiny, cogvideox-2b or cogvideox-5b; not when going on.",
                                                show_default=False, rich_help_panel=_SETTINGS)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, laid over the preset.", show_default=False,
                                                 rich_help_panel=_SETTINGS)] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One setting, laid over the file; "
+    assignments: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="One setting, over the file; "
                                                           "repeatable.", show_default=False,
                                                           rich_help_panel=_SETTINGS)] = None,
     feature: FeatureOption = None,
     global_batch_size: Annotated[int | None, typer.Option(help="Clips of a step over all ranks.", min=1,
                                                           show_default=False, rich_help_panel=_DATA)] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Clips at once on a rank; the rest is accumulated.", min=1,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Clips at once on a rank; steps accumulate.", min=1,
                                                          show_default=False, rich_help_panel=_DATA)] = None,
     validation_shards: ValidationShardsOption = None,
     verify_reads: Annotated[str | None, typer.Option(help="always, first-epoch or never.", show_default=False,
                                                      rich_help_panel=_DATA)] = None,
-    empty_text: Annotated[str | None, typer.Option(help="What dropped text becomes: zeros, or cached (the empty prompt).",
+    empty_text: Annotated[str | None, typer.Option(help="What dropped text becomes: zeros or cached (empty prompt).",
                                                    show_default=False, rich_help_panel=_DATA)] = None,
-    fuser: Annotated[str | None, typer.Option(help="baseline, direct, norm, norm_ss, zeroconv, zeroconv_ss, norm_zeroconv "
-                                              "or mimir.", show_default=False, rich_help_panel=_MODEL)] = None,
+    fuser: Annotated[str | None, typer.Option(help="baseline, direct, norm, norm_ss, zeroconv, zeroconv_ss, "
+                                              "norm_zeroconv or mimir.", show_default=False,
+                                              rich_help_panel=_MODEL)] = None,
     stabilizer_start_step: Annotated[int | None, typer.Option(help="Append the stabilizer tokens from this step on.",
                                                               show_default=False, rich_help_panel=_MODEL)] = None,
     init_from: Annotated[str | None, typer.Option(help="Diffusers folder, hub id, or scratch.", show_default=False,
@@ -75,9 +77,9 @@ def run(
                                                         rich_help_panel=_RUN)] = None,
     stop_at_step: Annotated[int | None, typer.Option(help="Save and leave after so many, to go on later.", min=1,
                                                      show_default=False, rich_help_panel=_RUN)] = None,
-    resume_from_checkpoint: Annotated[str | None, typer.Option(help="latest, a step's number, or a checkpoint's path.",
+    resume_from_checkpoint: Annotated[str | None, typer.Option(help="latest, a step, or a checkpoint's path.",
                                                                show_default=False, rich_help_panel=_RUN)] = None,
-    checkpointing_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1, show_default=False,
+    checkpointing_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.", min=1,
                                                             rich_help_panel=_RUN)] = None,
     checkpoints_total_limit: Annotated[int | None, typer.Option(help="Keep only the newest so many.", min=1,
                                                                 show_default=False, rich_help_panel=_RUN)] = None,
@@ -167,6 +169,9 @@ def order(
     )
     for step, ranks in order_lines(request):
         echo(describe_order(step, ranks, as_json=as_json))
+
+
+add_commands(app)  # sample, export, decode
 
 
 def main() -> None:

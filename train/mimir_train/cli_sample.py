@@ -200,4 +200,4 @@ class ConsoleProgress:
         self._done += 1
         self._progress.advance(self._progress.task_ids[0])
         if self._done == self._total:
-            self.say(f"{self._what}: {self._total} done in {time.monotonic() - self._started_s:.1f} s")
+            self.say(f"{self._total} {self._what} in {time.monotonic() - self._started_s:.1f} s")

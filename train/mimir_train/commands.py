@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_shared.errors import InputError
-
 from mimir_train.cache_reader import open_cache
 from mimir_train.config import SCRATCH, TrainConfig
 from mimir_train.config_document import Document, nest, overlay, parse_assignment, read_document, train_config

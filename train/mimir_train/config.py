@@ -68,7 +68,7 @@ class ModelConfig:
     fuser: FuserName = "mimir"
     """One of the named token fusers: which parts of it are there."""
     stabilizer_start_step: int = 0
-    """Step from which the stabilizer tokens are appended; until then a pretrained transformer sees the text it knows."""
+    """Step from which the stabilizer tokens are appended; until then the transformer sees a text as long as T5's."""
     init_from: str = SCRATCH
     """Where the transformer comes from: a diffusers folder, a hub id (or id@revision), or "scratch"."""
     transformer: DiTConfig = field(default_factory=DiTConfig)

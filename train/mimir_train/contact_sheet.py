@@ -12,6 +12,8 @@ NUM_COLUMNS = 6
 CELL_WIDTH = 192
 """Pixels of a frame; small frames are enlarged by whole numbers so that their pixels stay sharp."""
 GAP = 8
+MAX_ROWS = 48
+"""Of a page that can still be looked at."""
 FONT_SIZE = 16
 LINE_HEIGHT = 20
 MAX_CAPTION_LINES = 4

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from mimir_shared.errors import InputError
 from mimir_shared.storage import machine_faults
-from mimir_train.contact_sheet import SheetRow, write_contact_sheet
-from mimir_train.frozen_models import FrozenModels, ModelLocations, choose_device, write_video
-from mimir_train.sample import MAX_SHEET_ROWS, Progress
+from mimir_train.contact_sheet import MAX_ROWS, SheetRow, write_contact_sheet
+from mimir_train.frozen_models import FrozenModels, ModelLocations, Progress, choose_device, write_video
 from mimir_train.validation_latents import (
     LATENTS_NAME,
     PROMPTS_NAME,
@@ -32,7 +31,7 @@ def decode_validation(run: Path, locations: ModelLocations, device: str, progres
     device = choose_device(device)
     folders = _find_folders(run)
     found = [(folder, read_validation_latents(folder)) for folder in folders]
-    progress.start("decode", sum(len(latents.prompts) for _, latents in found))
+    progress.start("videos decoded", sum(len(latents.prompts) for _, latents in found))
     made = 0
     # a run has one cache, so one VAE; a folder of another is refused when it is reached
     for identity in {latents.latents_fingerprint: latents.latents_identity for _, latents in found}.values():
@@ -71,7 +70,7 @@ def _decode_with(frozen: FrozenModels, found: Sequence[tuple[Path, ValidationLat
                     with machine_faults(f"{path}: writing"):
                         temporary.replace(path)
                     made += 1
-                if len(rows) < MAX_SHEET_ROWS:
+                if len(rows) < MAX_ROWS:
                     note = f"step {latents.step}, {index}.mp4"
                     rows.append(SheetRow(caption=prompt, note=note, frames=frames, fps=latents.fps))
                 progress.advance()

@@ -101,8 +101,8 @@ def check_sizes(transformer: DiTConfig, layout: FeatureLayout, cache: Cache, sou
     for bucket, (_, height, width) in layout.latent_sizes.items():
         if height % transformer.patch_size or width % transformer.patch_size:
             raise CacheError(
-                f"{root}: latents of bucket {bucket} are {height} x {width}, which cannot be cut into the transformer's "
-                f"patches of {transformer.patch_size}"
+                f"{root}: latents of bucket {bucket} are {height} x {width}, which cannot be cut into patches of "
+                f"{transformer.patch_size}, the transformer's ({source})"
             )
 
 

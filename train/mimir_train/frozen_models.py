@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -48,7 +48,17 @@ NOT_COMPARED: Mapping[FeatureName, tuple[str, ...]] = {"latents": ("geometry", "
 MODEL_NAMES = ("name", "subfolder", "commit")
 """What a model is called; its files' digests decide, so that a copy in a folder is the model of the hub."""
 
-__all__ = ["FrozenModels", "Identities", "ModelLocations", "choose_device", "write_video"]
+__all__ = ["FrozenModels", "Identities", "ModelLocations", "Progress", "choose_device", "write_video"]
+
+
+class Progress(Protocol):
+    """Told what is going on."""
+
+    def say(self, text: str) -> None: ...
+
+    def start(self, what: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +120,7 @@ class FrozenModels:
         texts: Sequence[str],
         t5_rows: int,
         answer_variant: int,
-        after_text: Callable[[str, int], None] = lambda feature, done: None,
+        progress: Progress,
     ) -> dict[str, TextFeatures]:
         """Encode each text as captions were encoded; "" gives the features of the empty prompt.
 
@@ -125,7 +135,7 @@ class FrozenModels:
         for feature in self._features:
             if feature != "latents":
                 answers = encoded.get("answers", {})
-                encoded[feature] = self._encode(feature, texts, answer_variant, answers, after_text)
+                encoded[feature] = self._encode(feature, texts, answer_variant, answers, progress)
         return {
             text: TextFeatures(
                 pad_to_torch([encoded["t5"][text].tensors["t5_embeds"]], t5_rows)[0],  # (1, L, D)
@@ -151,16 +161,20 @@ class FrozenModels:
         texts: Sequence[str],
         answer_variant: int,
         answers: Mapping[str, Encoded],
-        after_text: Callable[[str, int], None],
+        progress: Progress,
     ) -> dict[str, Encoded]:
         # variants beyond the one that is read need not be made; each has random numbers of its own
         settings = replace(self._settings, answers=replace(self._settings.answers, variants=answer_variant + 1))
         encoded: dict[str, Encoded] = {}
+        progress.start(f"texts through {feature}", len(texts))
         with self._loaded(feature, settings) as encoder:
             for text in texts:
                 document = answers[text].document if text in answers else None
                 encoded[text] = encoder.encode([EncoderInput(key=text, caption=text, answers=document)])[0]
-                after_text(feature, len(encoded))
+                if encoded[text].document.get("t5_truncated"):
+                    limit = settings.t5.max_length
+                    progress.say(f"note: T5 reads {limit} tokens, the rest of this text is cut: {_short(text)!r}")
+                progress.advance()
         return encoded
 
     @contextmanager

@@ -56,5 +56,6 @@ def load_fuser(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
     try:
         fuser.load_state_dict(state_dict, strict=True, assign=True)
     except RuntimeError as fault:
-        raise CacheError(f"{folder}: the weights are not those of its config: {' '.join(str(fault).split())}") from fault
+        problem = " ".join(str(fault).split())
+        raise CacheError(f"{folder}: the weights are not those of its config: {problem}") from fault
     return fuser.to(device=device, dtype=dtype)

@@ -77,7 +77,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
         ) as sinks:  # fmt: skip
             for batch, data_wait_s in timed(trainer.loader.batches(first_step, last_step)):
                 started = time.perf_counter() - data_wait_s
-                rates = set_rates(trainer.optimizer, rate_factor(config.optimizer, batch.step, config.run.max_train_steps))
+                factor = rate_factor(config.optimizer, batch.step, config.run.max_train_steps)
+                rates = set_rates(trainer.optimizer, factor)
 
                 losses = accumulate_gradients(trainer, batch)
                 grad_norm = clip_gradients(trainer)
@@ -87,7 +88,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 trainer.optimizer.zero_grad(set_to_none=True)
 
                 steps_done, stopping = batch.step + 1, any(row[-1] for row in everyone)
-                figures = {
+                figures: dict[str, float | int | str] = {
                     "step": batch.step,
                     "epoch": batch.epoch,
                     "bucket": batch.bucket,
@@ -142,9 +143,7 @@ def build_order(fitted: FittedRun, cache: Cache, parallel: Parallel) -> Training
     )
 
 
-def build_trainer(
-    fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel, run: RunFolder
-) -> Trainer:
+def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel, run: RunFolder) -> Trainer:
     """Model with its first weights, optimizer, objective, reader and validation set."""
     config, layout = fitted.config, fitted.layout
     torch.manual_seed(config.run.seed)  # of the first weights only: every draw of a step has a key of its own

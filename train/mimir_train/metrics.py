@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.storage import machine_faults
-
 from mimir_train.config import Reporter
 
 _LINE_EVERY_S = 10.0
@@ -55,7 +54,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, figures: Figures) -> None:
         for name, value in figures.items():
@@ -71,7 +70,7 @@ class Wandb:
         try:
             import wandb  # type: ignore[import-not-found,unused-ignore]  # no dependency: who wants it installs it
         except ImportError as fault:
-            raise InputError("--report-to wandb: wandb is not installed; `pip install wandb`, or leave it out") from fault
+            raise InputError("--report-to wandb: it is not installed; `pip install wandb`, or leave it out") from fault
         self._run: Any = wandb.init(project="mimir", name=run.name, dir=str(run))
 
     def add(self, figures: Figures) -> None:
@@ -145,5 +144,5 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except ValueError as fault:
             if number < len(texts):
-                raise CacheError(f"{path}: line {number} is no JSON; remove it, or give another --output-dir") from fault
+                raise CacheError(f"{path}: line {number} is no JSON; remove it, or begin anew elsewhere") from fault
     return lines

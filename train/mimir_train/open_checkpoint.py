@@ -53,7 +53,7 @@ class OpenCheckpoint:
     @property
     def uses_empty_prompt(self) -> bool:
         """Whether the features of the empty prompt stood where text was dropped, and not zeros."""
-        return getattr(self.info.text, "empty_text", "zeros") == "cached"
+        return self.info.text.empty_text == "cached"
 
     def load_transformer(self, dtype: torch.dtype | None = None, device: str = "cpu") -> DiT:
         """For inference; dtype None: as it is stored."""

@@ -16,7 +16,8 @@ def build_optimizer(config: OptimizerConfig, dit: nn.Module, fuser: nn.Module) -
     """Four groups: transformer and fuser, each with and without weight decay. Rates are set before every step."""
     groups = []
     for part, module, rate in (("dit", dit, config.learning_rate), ("fuser", fuser, config.fuser_learning_rate)):
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             (decayed if is_decayed(name, parameter) else plain).append(parameter)
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
@@ -71,7 +72,8 @@ def load_optimizer_tensors(
         if not state:
             continue
         if len(state) != len(_STATE_NAMES) or state["exp_avg"].shape != parameter.shape:
-            raise CacheError(f"{where}: the state of {name} has {sorted(state)}, not that of a {tuple(parameter.shape)}")
+            shape = tuple(parameter.shape)
+            raise CacheError(f"{where}: the state of {name} has {sorted(state)}, expected {_STATE_NAMES} of {shape}")
         optimizer.state[parameter] = {field: value.to(parameter.device) for field, value in state.items()}
 
 

@@ -108,9 +108,7 @@ class _EpochSequence:
         positions = [permute(index, num_shards, key) for index in range(num_shards)]
         self._bucket = bucket
         self._fields = (seed, epoch, "block", bucket.name)
-        self._blocks = [
-            positions[start : start + shards_per_block] for start in range(0, num_shards, shards_per_block)
-        ]
+        self._blocks = [positions[start : start + shards_per_block] for start in range(0, num_shards, shards_per_block)]
         self._ends = list(accumulate(sum(bucket.sizes[shard] for shard in block) for block in self._blocks))
 
     def place(self, number: int) -> ClipPlace:

@@ -3,7 +3,6 @@
 import torch
 
 from mimir_shared.errors import CacheError, InputError
-
 from mimir_train.cache_reader import Cache
 from mimir_train.checkpoint import (
     FUSER,
@@ -98,5 +97,9 @@ def checkpoint_info(
         ),
         objective=ObjectiveRecord(snr_shift_scale=config.objective.snr_shift_scale),
         fuser=fuser_document(fitted.fuser),
-        text=TextRecord(t5_rows=fitted.layout.t5_rows, answer_variant=fitted.layout.answer_variant),
+        text=TextRecord(
+            t5_rows=fitted.layout.t5_rows,
+            answer_variant=fitted.layout.answer_variant,
+            empty_text=config.data.empty_text,
+        ),
     )

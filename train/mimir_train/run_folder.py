@@ -1,6 +1,6 @@
 """RUN: the folder of one training, and the place in it from which a run starts or goes on.
 
-    config.yaml   metrics.jsonl   tensorboard/   checkpoints/step-00000020/
+config.yaml   metrics.jsonl   tensorboard/   checkpoints/step-00000020/
 """
 
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from typing import Final
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.storage import machine_faults
-
 from mimir_train.checkpoint import (
     CHECKPOINTS,
     check_checkpoint,

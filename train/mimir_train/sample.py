@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError, MachineError
-from mimir_train.contact_sheet import SheetRow, write_contact_sheet
-from mimir_train.frozen_models import FrozenModels, ModelLocations, choose_device
+from mimir_train.contact_sheet import MAX_ROWS, SheetRow, write_contact_sheet
+from mimir_train.frozen_models import FrozenModels, ModelLocations, Progress, choose_device
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import TextFeatures, drop_text
 from mimir_train.open_checkpoint import OpenCheckpoint, open_checkpoint
@@ -25,8 +25,6 @@ from mimir_train.sampler import denoise, initial_noise, sample_generator
 from mimir_train.sampling_choices import Guidance, SampleDType, SchedulerName
 from mimir_train.schedulers import make_scheduler
 from mimir_train.video_check import plays, read_video
-
-MAX_SHEET_ROWS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +61,6 @@ class SampleOutcome:
     sheet_rows: int
 
 
-class Progress(Protocol):
-    """Told what is going on."""
-
-    def say(self, text: str) -> None: ...
-
-    def start(self, what: str, total: int) -> None: ...
-
-    def advance(self) -> None: ...
-
-
 def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
     """Make every video that is not there yet, the list of them, and a contact sheet.
 
@@ -103,7 +91,7 @@ def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
             _make_latents(request, checkpoint, folder, undrawn, latent_shape, texts, device, progress)
         _decode(checkpoint, frozen, folder, missing, latent_shape, progress)
     folder.write_list(videos)
-    rows = [_sheet_row(folder, video, checkpoint.info.data.fps) for video in videos[:MAX_SHEET_ROWS]]
+    rows = [_sheet_row(folder, video, checkpoint.info.data.fps) for video in videos[:MAX_ROWS]]
     write_contact_sheet(folder.sheet_path, rows)
     return SampleOutcome(
         made=len(missing), kept=len(videos) - len(missing), sheet=folder.sheet_path, sheet_rows=len(rows)
@@ -183,14 +171,8 @@ def _encode_texts(
         texts.append(request.negative_prompt)
     elif request.guidance.is_on and checkpoint.uses_empty_prompt:
         texts.append("")
-    texts = list(dict.fromkeys(texts))
-
-    def after_text(feature: str, done: int) -> None:
-        if done == 1:
-            progress.start(f"encode {feature}", len(texts))
-        progress.advance()
-
-    return frozen.encode_texts(texts, checkpoint.info.text.t5_rows, checkpoint.info.text.answer_variant, after_text)
+    text = checkpoint.info.text
+    return frozen.encode_texts(list(dict.fromkeys(texts)), text.t5_rows, text.answer_variant, progress)
 
 
 def _make_latents(
@@ -206,7 +188,7 @@ def _make_latents(
     """Denoise one video after the other, and leave its latents in the folder."""
     dtype = torch.bfloat16 if _dtype_name(request, device) == "bfloat16" else torch.float32
     dit, fuser = checkpoint.load_transformer(dtype, device), checkpoint.load_fuser(dtype, device)
-    progress.start("denoise", len(videos) * request.num_inference_steps)
+    progress.start("denoising steps", len(videos) * request.num_inference_steps)
     for video in videos:
         generator = sample_generator(request.seed, video.prompt, video.index)
         condition_tokens, unconditional_tokens = _fuse(request, checkpoint, fuser, texts, video.prompt, device)
@@ -268,7 +250,7 @@ def _decode(
     """Turn latents into videos; those of a video that is written are removed."""
     if not videos:
         return
-    progress.start("decode", len(videos))
+    progress.start("videos decoded", len(videos))
     with frozen.decoder(checkpoint.info.data.latent_scaling_factor) as decode:
         for video in videos:
             latents = folder.read_latents(video, latent_shape)

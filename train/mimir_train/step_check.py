@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from mimir_shared.errors import NonFiniteLossError
-
 from mimir_train.cache_reader import Clip
 
 _SHOWN = 8

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mimir_shared.errors import NonFiniteLossError
-
 from mimir_train.batch import FeatureLayout, TrainingBatch, read_batch
 from mimir_train.cache_reader import Cache
 from mimir_train.objective import NUM_TRAIN_TIMESTEPS, keyed_normal, v_loss
@@ -39,7 +38,7 @@ def find_validation_set(
     cache: Cache, layout: FeatureLayout, held_out: tuple[int, ...], *, limit: int, batch_size: int
 ) -> ValidationSet:
     """Take up to `limit` clips of the held-out shards, first rows first, and batch them by bucket."""
-    training = {shard for shard in range(cache.num_shards)} - set(held_out)
+    training = set(range(cache.num_shards)) - set(held_out)
     groups: list[tuple[tuple[int, int], ...]] = []
     position = 0
     for bucket in cache.buckets(held_out=training):
@@ -79,9 +78,7 @@ def validate(
 
 
 def _read(validation: ValidationSet, group: tuple[tuple[int, int], ...]) -> TrainingBatch:
-    clips, latents, text = read_batch(
-        validation.cache, validation.layout, [number for _, number in group], verify=True
-    )
+    clips, latents, text = read_batch(validation.cache, validation.layout, [number for _, number in group], verify=True)
     return TrainingBatch(
         step=_STEP,
         epoch=0,

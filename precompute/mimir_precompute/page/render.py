@@ -1,0 +1,48 @@
+"""One HTML page that stands alone: no network, no script, no file beside it.
+
+Templates escape every text that is put into them, for captions are whatever a user's data holds; and the page's own
+security policy forbids the browser to load anything that is not written into it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+_TEMPLATES = Path(__file__).parent
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def render_page(template: Path, values: Mapping[str, object]) -> str:
+    """Fill a template, which may build on `base.html.j2`, `pictures.html.j2` and `charts.html.j2` of this folder."""
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, _TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": format_size, "duration": format_duration, "number": format_number}
+    return environment.get_template(template.name).render(values)
+
+
+def format_size(nbytes: float) -> str:
+    """952320 → "952 kB": decimal units, three figures."""
+    size, unit = float(nbytes), 0
+    while round(size) >= 1000 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    digits = 0 if unit == 0 or size >= 100 else (1 if size >= 10 else 2)
+    return f"{size:.{digits}f} {_UNITS[unit]}"
+
+
+def format_duration(seconds: float) -> str:
+    """7.853 → "7.9 s", 83 → "1 min 23 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def format_number(value: float) -> str:
+    """Thousands in groups; of a fraction three figures."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
