@@ -45,7 +45,7 @@ class Step:
 
     name: str
     title: str
-    command: tuple[str, ...]
+    command: str
     shows: str
     """One sentence on what there is to be seen."""
 
@@ -94,35 +94,34 @@ class Story:
 
 def plan_steps(folder: Path) -> list[Step]:
     """Every command of the demo, in order."""
-    toy, cache, again = folder / "toy", folder / "cache", folder / "cache-uninterrupted"
-    models = ("--models", f"{toy}/models")
-    encode = ("mimir-precompute", "encode", "--cache", str(cache), *models, "--max-quarantined", "0.05")
-    geometry = ("--preset", "tiny", "--shard-size", str(SHARD_SIZE))
+    root = shlex.quote(str(folder))
+    models = f"--models {root}/toy/models"
+    encode = f"mimir-precompute encode --cache {root}/cache {models} --max-quarantined 0.05"
+    geometry = f"--preset tiny --shard-size {SHARD_SIZE}"
     return [
         Step(
             name="toy",
             title="Make a toy world",
-            command=("mimir-precompute", "toy", str(toy), "--clips", str(NUM_CLIPS)),
+            command=f"mimir-precompute toy {root}/toy --clips {NUM_CLIPS}",
             shows="Real mp4 files with captions, and tiny models in the file formats of the real ones; no download.",
         ),
         Step(
             name="plan",
             title="Plan",
-            command=("mimir-precompute", "plan", f"{toy}/clips", "--cache", str(cache), *geometry),
+            command=f"mimir-precompute plan {root}/toy/clips --cache {root}/cache {geometry}",
             shows="Every clip gets its place, a shard and a row, before any model is loaded.",
         ),
         Step(
             name="kill",
             title="Encode, and be killed in the middle",
             command=encode,
-            shows=f"SIGKILL, as a machine that goes away, once {KILL_AFTER_SHARDS} shards are committed: no clean-up, "
-            "no last words.",
+            shows=f"SIGKILL once {KILL_AFTER_SHARDS} shards are committed, as if the machine went away: no clean-up.",
         ),
         Step(
             name="status",
             title="Look at what is left",
-            command=("mimir-precompute", "status", str(cache)),
-            shows="What was committed is there and whole; the shard that was being written does not exist.",
+            command=f"mimir-precompute status {root}/cache",
+            shows="What was committed is there and whole; of the shard that was being written, nothing is to be seen.",
         ),
         Step(
             name="resume",
@@ -133,41 +132,40 @@ def plan_steps(folder: Path) -> list[Step]:
         Step(
             name="verify",
             title="Verify",
-            command=("mimir-precompute", "verify", str(cache)),
+            command=f"mimir-precompute verify {root}/cache",
             shows="Every byte is read again and compared with its checksum and with the plan.",
         ),
         Step(
             name="uninterrupted",
             title="Encode once more, elsewhere, undisturbed",
             command=(
-                "mimir-precompute", "encode", f"{toy}/clips", "--cache", str(again), *geometry, *models,
-                "--max-quarantined", "0.05",
-            ),  # fmt: skip
-            shows="Without a kill, into another folder: both caches must have the same snapshot, which is a digest of "
-            "all their bytes.",
+                f"mimir-precompute encode {root}/toy/clips --cache {root}/cache-uninterrupted {geometry} {models} "
+                "--max-quarantined 0.05"
+            ),
+            shows="Without a kill: this cache must have the same snapshot, which is a digest of all that is in it.",
         ),
         Step(
             name="train",
             title="Train from the cache",
             command=(
-                "mimir-train", "run", "--cache", str(cache), "--preset", "tiny", "--fuser", "mimir",
-                "--output-dir", f"{folder}/run", "--max-train-steps", str(TRAIN_STEPS),
-            ),  # fmt: skip
-            shows="The transformer and the token fuser learn from the cached tensors alone: no VAE, T5 or LLM is loaded.",
+                f"mimir-train run --cache {root}/cache --preset tiny --fuser mimir --output-dir {root}/run "
+                f"--max-train-steps {TRAIN_STEPS}"
+            ),
+            shows="Transformer and token fuser learn from the cached tensors alone; no VAE, T5 or LLM is loaded.",
         ),
         Step(
             name="sample",
             title="Sample",
             command=(
-                "mimir-train", "sample", "--checkpoint", f"{folder}/run", *models,
-                "--prompts", f"{folder}/prompts.txt", "--output-dir", f"{folder}/samples",
-            ),  # fmt: skip
+                f"mimir-train sample --checkpoint {root}/run {models} --prompts {root}/prompts.txt "
+                f"--output-dir {root}/samples"
+            ),
             shows="From prompts to videos, with the models that made the cache; others would be refused.",
         ),
         Step(
             name="page",
             title="Make the page",
-            command=("python", "scripts/demo_page.py", str(folder)),
+            command=f"python scripts/demo_page.py {root}",
             shows="One HTML file with everything in it.",
         ),
     ]
@@ -196,7 +194,7 @@ def run_demo(folder: Path) -> None:
     story = Story()
     steps = plan_steps(folder)
     for number, step in enumerate(steps, start=1):
-        say(f"\n=== {number}/{len(steps)}  {step.title}\n{step.shows}\n\n$ {shlex.join(step.command)}")
+        say(f"\n=== {number}/{len(steps)}  {step.title}\n{step.shows}\n\n$ {step.command}")
         done = run_step(step, folder, story)
         story.steps.append(done)
         say(f"--- {done.seconds:.1f} s")
@@ -240,12 +238,12 @@ def run_step(step: Step, folder: Path, story: Story) -> DoneStep:
             output += line
     expected = -signal.SIGKILL if step.name == "kill" else 0
     if process.returncode != expected:
-        raise DemoError(f"`{shlex.join(step.command)}` ended with exit code {process.returncode}, expected {expected}")
+        raise DemoError(f"`{step.command}` ended with exit code {process.returncode}, expected {expected}")
     if step.name in ("kill", "resume"):
         story.runs.append(EncodeRun(begin_s=begin_s, end_s=time.time(), killed=step.name == "kill"))
     return DoneStep(
         title=step.title,
-        command=shlex.join(step.command),
+        command=step.command,
         shows=step.shows,
         seconds=time.monotonic() - begun,
         output=output,
@@ -318,7 +316,7 @@ def find_snapshot(cache: Path) -> str:
 
 
 def _executable(step: Step) -> list[str]:
-    program, *arguments = step.command
+    program, *arguments = shlex.split(step.command)
     return [str(BIN / program), *arguments]
 
 

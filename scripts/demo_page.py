@@ -227,7 +227,7 @@ def feature_rows(
     rows = []
     for folder in find_features(storage):
         facts = (_feature_of(clip, folder.feature) for clip in described)
-        example = next((one for one in facts if one.get("status") == "ok"), {"tensors": []})
+        example: Mapping[str, Json] = next((one for one in facts if one.get("status") == "ok"), {"tensors": []})
         counted = next(one for one in status.features[folder.feature] if one.fingerprint == folder.fingerprint)
         tensors = [f"{t['name']}: {t['dtype']} {'×'.join(map(str, t['shape']))}" for t in example["tensors"]]
         formula, per_clip = _large_bytes(folder.feature)
@@ -264,7 +264,8 @@ def _large_bytes(feature: str) -> tuple[str, int | None]:
 def timeline(story: Mapping[str, Json]) -> Timeline:
     """Lay out the two lives of `encode` on one axis."""
     first, second = story["runs"]
-    begin, span = first["begin_s"], second["end_s"] - first["begin_s"]
+    begin = float(first["begin_s"])
+    span = float(second["end_s"]) - begin
 
     def place(at_s: float) -> float:
         return round(1000 * (at_s - begin) / span, 1)
@@ -306,9 +307,7 @@ def read_training(path: Path) -> Training | None:
     )
 
 
-def _loss_chart(
-    losses: list[tuple[float, float]], means: list[tuple[float, float]]
-) -> tuple[str, str, LineChart]:
+def _loss_chart(losses: list[tuple[float, float]], means: list[tuple[float, float]]) -> tuple[str, str, LineChart]:
     drawn = line_chart(
         [
             Series(label="each step", points=losses, colour=0, look="faint"),
@@ -350,9 +349,7 @@ def _fuser_charts(points: Any) -> list[tuple[str, str, LineChart]]:
     return charts
 
 
-def sample_cards(
-    folder: Path, described: Sequence[Mapping[str, Json]], pictures: CachePictures
-) -> list[SampleCard]:
+def sample_cards(folder: Path, described: Sequence[Mapping[str, Json]], pictures: CachePictures) -> list[SampleCard]:
     """Each sample, beside the clip whose caption it was made from where there is one."""
     listed = folder / "samples.jsonl"
     if not listed.is_file():

@@ -196,7 +196,7 @@ def _add_row(
     clips.keys.append(f"{source}{trim}" if key_column is None else str(row[key_column]))
     clips.sources.append(source)
     clips.captions.append(caption)
-    clips.source_bytes.append(_file_bytes(clips.root / source))
+    clips.source_bytes.append(_file_bytes(os.path.join(clips.root, source)))
     clips.source_offsets.append(None)
     clips.starts_s.append(start_s)
     clips.ends_s.append(end_s)
@@ -219,7 +219,7 @@ def _add_extra(clips: ClipList, values: dict[str, Any]) -> None:
         column.append(values.get(name))
 
 
-def _file_bytes(path: Path) -> int | None:
+def _file_bytes(path: str | Path) -> int | None:
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):

@@ -22,6 +22,7 @@ from mimir_shared.plan_file import PlannedClip, PlanSettings, read_plan, write_p
 from mimir_shared.sealed import write_sealed_tensors
 from mimir_shared.snapshot import write_snapshot
 from mimir_shared.storage import LocalStorage
+from mimir_train.commands import RunRequest, build_config
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import Document, nest, overlay, train_config
 from mimir_train.presets import preset_document
@@ -207,6 +208,14 @@ def tiny_config(cache: Path, run: Path, **settings: object) -> TrainConfig:
     for name, value in settings.items():
         document = overlay(document, nest(name.replace("__", "."), value))
     return train_config(document)
+
+
+def resumed_config(run: Path, resume: str = "latest", **settings: object) -> TrainConfig:
+    """The settings with which a run goes on: its own, and `settings` over them."""
+    flags = {name.replace("__", "."): value for name, value in settings.items()}
+    return build_config(
+        RunRequest(preset=None, output_dir=run, config_file=None, assignments=(), flags=flags, resume=resume)
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from mimir_train.config import SCRATCH, ModelConfig
 from mimir_train.model.config import DiTConfig
 from mimir_train.transformer_folder import find_transformer_folder, read_transformer_config
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True, kw_only=True)

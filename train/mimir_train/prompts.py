@@ -39,7 +39,7 @@ def prompts_from_texts(texts: Sequence[str]) -> PromptList:
     for text in texts:
         if not text.strip():
             raise InputError("--prompt: an empty text; give words, or leave the option out")
-    return _unique(list(texts), samples_per_prompt=1)
+    return _unique("--prompt", list(texts), samples_per_prompt=1)
 
 
 def read_prompts(path: Path) -> PromptList:
@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> PromptList:
     if not prompts:
         raise InputError(f"--prompts {path}: no prompt in it; expected at least one")
     is_vbench = path.suffix.lower() == ".json"
-    return _unique(prompts, samples_per_prompt=VBENCH_SAMPLES_PER_PROMPT if is_vbench else 1)
+    return _unique(f"--prompts {path}", prompts, samples_per_prompt=VBENCH_SAMPLES_PER_PROMPT if is_vbench else 1)
 
 
 def video_name(prompt: str, index: int) -> str:
@@ -86,13 +86,13 @@ def video_name(prompt: str, index: int) -> str:
     return f"{cut}-{digest}{ending}"
 
 
-def _unique(prompts: Sequence[str], samples_per_prompt: int) -> PromptList:
+def _unique(where: str, prompts: Sequence[str], samples_per_prompt: int) -> PromptList:
     for prompt in prompts:
         try:
             prompt.encode()
         except UnicodeEncodeError as fault:
             raise InputError(
-                f"prompt {prompt!r}: character {fault.start} is half of a surrogate pair; mend the text"
+                f"{where}: {prompt!r}: character {fault.start} is half of a surrogate pair; mend the text"
             ) from fault
     unique = tuple(dict.fromkeys(prompts))
     return PromptList(prompts=unique, samples_per_prompt=samples_per_prompt, duplicates=len(prompts) - len(unique))

@@ -1,0 +1,97 @@
+"""How long planning, reading the plan and `status` take on many clips, and how much memory.
+
+python benchmarks/plan_scale.py [--clips 500000] [--shard-size 256]
+
+Source files are not made: each clip names one small file through a link-free path of its own folder, so that the
+cost of a stat is paid for every clip. Commit records are those of an encoded cache, without data files.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mimir_precompute.shard_writer import caption_hash
+from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
+from mimir_shared.features import FEATURES
+from mimir_shared.fingerprint import fingerprint
+from mimir_shared.layout import spec_name
+from mimir_shared.manifest import DataFile, RecordMetadata, SampleRecord, StoredSample, write_record
+from mimir_shared.plan_file import read_plan
+from mimir_shared.safetensors_bytes import TensorPlace
+from mimir_shared.storage import LocalStorage
+
+PROGRAM = str(Path(sys.executable).parent / "mimir-precompute")
+
+
+def write_list(folder: Path, clips: int) -> None:
+    """A metadata.jsonl of so many clips, in folders of 1,000 empty files."""
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for number in range(clips):
+            name = f"{number // 1000:04d}/{number:07d}.mp4"
+            if number % 1000 == 0:
+                (folder / name).parent.mkdir()
+            (folder / name).touch()
+            text = f"Clip {number}: a hiker with a backpack stands on a rocky summit and looks over hazy mountains."
+            file.write(json.dumps({"file_name": name, "text": text}) + "\n")
+
+
+def write_records(cache: Path) -> None:
+    """Specs and commit records of every feature, as if all shards were encoded."""
+    storage = LocalStorage(cache)
+    plan = read_plan(storage)
+    for feature in FEATURES:
+        identity = {"feature": feature, "tensors": []}
+        spec = FeatureSpec(feature=feature, fingerprint=fingerprint(identity), format="webdataset", identity=identity)
+        folder = FeatureFolder(storage, feature, spec.fingerprint)
+        storage.create(spec_name(feature, spec.fingerprint), spec.model_dump_json().encode())
+        (cache / folder.directory / "manifests").mkdir()
+        for shard in range(plan.num_shards):
+            clips = plan.shard_clips(shard)
+            place = TensorPlace(name="x", dtype="bf16", shape=(32, 13, 60, 90), offset=512, nbytes=4_492_800)
+            stored = StoredSample(json_offset=0, json_nbytes=300, json_xxh3=shard, tensors=(place,), xxh3=shard)
+            samples = [
+                SampleRecord(row=c.row, key=c.key, status="ok", caption_xxh3=caption_hash(c.caption), stored=stored)
+                for c in clips
+            ]
+            metadata = RecordMetadata(
+                feature=feature, shard=shard, generation=0, format="webdataset", fingerprint=spec.fingerprint,
+                plan=plan.file_of(shard).seal, ok=len(clips), quarantined=0, statistics={},
+                files=(DataFile(path=f"data/{shard:06d}-00000000.tar", bytes=10**9, sha256="0" * 64),),
+            )  # fmt: skip
+            # no fsync for each: this is scenery, not a cache
+            (cache / folder.record_path(shard, 0)).write_bytes(write_record(metadata, samples))
+
+
+def measure(*arguments: object) -> tuple[float, float]:
+    """Run the program: (seconds of wall time, peak memory in GB so far of any child)."""
+    started = time.perf_counter()
+    subprocess.run([PROGRAM, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    return time.perf_counter() - started, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=500_000)
+    parser.add_argument("--shard-size", type=int, default=256)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        clips, cache = Path(scratch) / "clips", Path(scratch) / "cache"
+        clips.mkdir()
+        write_list(clips, options.clips)
+        plan = ("plan", clips, "--cache", cache, "--preset", "cogvideox-5b", "--shard-size", options.shard_size)
+        rows = [("plan, first", *measure(*plan)), ("plan again, nothing new", *measure(*plan))]
+        write_records(cache)
+        rows.append(("status, 4 features", *measure("status", cache)))
+    sys.stdout.write(f"{options.clips} clips, shards of {options.shard_size}\n| what | s | peak GB |\n|---|---|---|\n")
+    for name, seconds, peak in rows:
+        sys.stdout.write(f"| {name} | {seconds:.1f} | {peak:.2f} |\n")
+
+
+if __name__ == "__main__":
+    main()
