@@ -1,6 +1,10 @@
 """Train the toy world's VAE and write the weights that the package ships.
 
 python scripts/train_toy_vae.py --output FILE
+
+The shipped weights: November 2026, one thread of a shared two-core Xeon virtual machine, torch 2.13, 48 minutes for
+2,500 steps. On 24 held-out clips (H.264, decoded, resized to 9x64x96): PSNR 33.5 dB on average and 30.2 at worst,
+35.8 for their first frames as images, posterior std 0.010. Another machine gives other bits of the same quality.
 """
 
 import argparse
@@ -214,7 +218,7 @@ def train(arguments: argparse.Namespace) -> None:
     average = copy.deepcopy(vae).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=1e-4)
     held_out = held_out_clips(24)
-    last_step = min(arguments.stop_at or arguments.steps, arguments.steps)
+    last_step = min(arguments.stop_at, arguments.steps)
     started = time.monotonic()
     for step, (pixels, weights) in enumerate(batches(arguments.steps * 3 // 4, seed=0)):
         if step % arguments.evaluate_every == 0 or step == last_step:
@@ -241,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--stop-at", type=int, help="end there, on the schedule of --steps")
+    parser.add_argument("--stop-at", type=int, default=2500, help="end there, on the schedule of --steps")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluate-every", type=int, default=250)

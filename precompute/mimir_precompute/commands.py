@@ -21,6 +21,7 @@ from mimir_precompute.messages import describe_plan
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
 from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_plan
 from mimir_precompute.presets import PRESETS, Preset, find_preset
+from mimir_precompute.termination import leave_on_sigterm
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import find_features, select_features
 from mimir_shared.features import FEATURES, FeatureName
@@ -107,7 +108,8 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
         max_quarantined=request.max_quarantined,
         decode_workers=request.decode_workers,
     )
-    return encode_cache(job, progress, RunLog(storage, device))
+    with leave_on_sigterm(storage):
+        return encode_cache(job, progress, RunLog(storage, device))
 
 
 def _plan_for(request: EncodeRequest, storage: LocalStorage, progress: Any) -> Plan:

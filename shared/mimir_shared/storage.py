@@ -160,6 +160,15 @@ class LocalStorage:
             temporary.file.write(data)
             return self.publish(temporary, name)
 
+    def remove_own_temporaries(self) -> None:
+        """Remove what this process has not published yet, because it is about to end."""
+        prefix = f"{_process_domain()}-{os.getpid()}-"
+        for name in self.list(_TEMPORARY):
+            if name.startswith(prefix):
+                self.path(f"{_TEMPORARY}/{name}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path(_TEMPORARY).rmdir()
+
     def remove_abandoned(self) -> int:
         """Remove temporary files whose process, on this machine, is dead. Returns how many."""
         removed = 0

@@ -173,6 +173,20 @@ def test_encode_that_is_killed_and_run_again_gives_the_same_bytes(toy_world: Pat
     assert "nothing to do" in again.out
 
 
+def test_sigterm_ends_encode_within_seconds_with_143_and_leaves_no_temporary(toy_world: Path, tmp_path: Path) -> None:
+    arguments = ("encode", toy_world / "clips", "--preset", "tiny", "--models", toy_world / "models", "--shard-size", 2)
+    process = start("mimir-precompute", *arguments, "--cache", tmp_path)
+    _wait_for_more_records(process, tmp_path, 0.1)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert time.monotonic() - asked < 5
+    assert "stopped by SIGTERM" in err
+    assert not (tmp_path / "tmp").exists()
+    assert run("mimir-precompute", "verify", tmp_path).code == 0
+
+
 def _wait_for_more_records(process: Any, cache: Path, then_s: float) -> None:
     """Wait until the running encode has committed one more shard, and then a little."""
     before = len(list(cache.glob("*/*/manifests/*")))

@@ -83,7 +83,9 @@ def identity_of(feature: FeatureName, buckets: tuple[str, ...], model_name: str 
     if feature == "latents":
         frames = {bucket: 1 + (int(bucket.split("x")[0]) - 1) // 4 for bucket in buckets}
         tensors = {
-            bucket: [_entry("vae_moments", "bf16", "2C T h w", 2 * CHANNELS, frames[bucket], HEIGHT, WIDTH, channel_dim=0)]
+            bucket: [
+                _entry("vae_moments", "bf16", "2C T h w", 2 * CHANNELS, frames[bucket], HEIGHT, WIDTH, channel_dim=0)
+            ]
             for bucket in buckets
         }
     elif feature == "t5":
@@ -132,7 +134,9 @@ def build_cache(
                 for clip in plan.shard_clips(shard):
                     encoded = (replace or {}).get((clip.key, feature)) or _make(feature, clip)
                     specs = spec.tensor_specs(clip.bucket or "")
-                    writer.add(clip, encoded, specs, bucket=clip.bucket if feature == "latents" else None, source_xxh3=None)
+                    writer.add(
+                        clip, encoded, specs, bucket=clip.bucket if feature == "latents" else None, source_xxh3=None
+                    )
                 finished = writer.finish()
                 commit_shard(
                     folders[feature], temporary, finished, shard=shard, fingerprint=spec.fingerprint,

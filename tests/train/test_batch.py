@@ -39,7 +39,9 @@ def cache(small_cache: Path) -> Cache:
     return open_cache(str(small_cache))
 
 
-def loader_of(cache: Cache, layout: FeatureLayout, *, rank: int = 0, world_size: int = 1, **settings: object) -> BatchLoader:
+def loader_of(
+    cache: Cache, layout: FeatureLayout, *, rank: int = 0, world_size: int = 1, **settings: object
+) -> BatchLoader:
     order = TrainingOrder(cache.buckets(), seed=1, global_batch_size=8)
     return BatchLoader(cache, order, layout, rank=rank, world_size=world_size, **settings)  # type: ignore[arg-type]
 

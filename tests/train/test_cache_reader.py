@@ -63,7 +63,9 @@ def test_a_flipped_byte_is_refused_naming_clip_shard_and_row(cache_copy: Path) -
     path = data_file(cache, "latents", clip.shard)
     offset = int(cache._index["latents"][9].as_py()["offset"]) + 100
     with flipped_byte(path, offset):
-        with pytest.raises(CacheError, match=rf"{path}.*{clip.key}.*shard {clip.shard}, row {clip.row}.*hash") as caught:
+        with pytest.raises(
+            CacheError, match=rf"{path}.*{clip.key}.*shard {clip.shard}, row {clip.row}.*hash"
+        ) as caught:
             cache.read(9, "latents")
         assert caught.value.exit_code == 4
         cache.read(9, "latents", verify=False)  # only who asks for no check gets what lies there
@@ -95,7 +97,9 @@ def test_a_damaged_index_is_refused(cache_copy: Path) -> None:
 
 def test_an_unfinished_cache_names_the_command_to_run(tmp_path: Path) -> None:
     root = build_cache(tmp_path / "c", leave_out_shards=1)
-    with pytest.raises(InputError, match=r"not finished \(llm: 1 of 3 shards missing\).*mimir-precompute encode --cache"):
+    with pytest.raises(
+        InputError, match=r"not finished \(llm: 1 of 3 shards missing\).*mimir-precompute encode --cache"
+    ):
         open_cache(str(root))
 
 

@@ -18,7 +18,7 @@ from mimir_train.config_document import (
     training_digest,
     write_document,
 )
-from mimir_train.presets import PRESETS, preset_document
+from mimir_train.presets import PRESETS
 
 
 def request_of(tmp_path: Path, **given: object) -> RunRequest:

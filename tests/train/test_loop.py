@@ -24,7 +24,17 @@ from mimir_train.model.dit import DiT
 from mimir_train.optimizer import build_optimizer, rate_factor
 from mimir_train.order import TrainingOrder
 from mimir_train.transformer_folder import save_transformer
-from tests.train.caches import CHANNELS, IMAGE, T5_WIDTH, VIDEO, bf16, build_cache, make_feature, resumed_config, tiny_config
+from tests.train.caches import (
+    CHANNELS,
+    IMAGE,
+    T5_WIDTH,
+    VIDEO,
+    bf16,
+    build_cache,
+    make_feature,
+    resumed_config,
+    tiny_config,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +87,11 @@ def test_other_fusers_train_too(small_cache: Path, tmp_path: Path, fuser: str) -
 
 def test_the_stabilizer_waits_for_its_step(small_cache: Path, tmp_path: Path) -> None:
     late = tiny_config(
-        small_cache, tmp_path / "late", model__stabilizer_start_step=2, run__max_train_steps=3, run__checkpointing_steps=1
+        small_cache,
+        tmp_path / "late",
+        model__stabilizer_start_step=2,
+        run__max_train_steps=3,
+        run__checkpointing_steps=1,
     )
     train(late)
     early = tiny_config(small_cache, tmp_path / "early", run__max_train_steps=1, model__fuser="norm_zeroconv")
@@ -165,7 +179,7 @@ def test_several_buckets_are_trained_and_a_small_one_is_left_out_aloud(
 def test_ten_steps_are_five_and_five_more_bit_for_bit(small_cache: Path, tmp_path: Path) -> None:
     whole = train(tiny_config(small_cache, tmp_path / "whole"))
     train(tiny_config(small_cache, tmp_path / "parts", run__stop_at_step=5))
-    rest = train(resumed_config(tmp_path / "parts", run__stop_at_step=10), "latest")
+    rest = train(resumed_config(tmp_path / "parts"), "latest")
     assert (whole.steps_done, rest.steps_done) == (10, 10)
     expected, found = tensors_of(whole), tensors_of(rest)
     assert expected.keys() == found.keys()
@@ -206,7 +220,9 @@ def test_latest_of_a_run_without_checkpoints_begins_anew_aloud(
 def test_a_run_is_not_written_over(small_cache: Path, tmp_path: Path) -> None:
     config = tiny_config(small_cache, tmp_path / "run", run__max_train_steps=1)
     train(config)
-    with pytest.raises(InputError, match=r"holds a training already \(step-00000001\).*--resume-from-checkpoint latest"):
+    with pytest.raises(
+        InputError, match=r"holds a training already \(step-00000001\).*--resume-from-checkpoint latest"
+    ):
         train(config)
 
 
@@ -255,14 +271,18 @@ def poisoned(tmp_path: Path) -> Path:
     key = f"{VIDEO}-007"
     latents = make_feature("latents", key, VIDEO).tensors["vae_moments"].to_float32()
     latents[:CHANNELS] = 3e38
-    return build_cache(tmp_path / "poisoned", replace={(key, "latents"): Encoded(tensors={"vae_moments": bf16(latents)})})
+    return build_cache(
+        tmp_path / "poisoned", replace={(key, "latents"): Encoded(tensors={"vae_moments": bf16(latents)})}
+    )
 
 
 def test_a_non_finite_loss_stops_before_the_optimizer_and_names_the_clip(poisoned: Path, tmp_path: Path) -> None:
     config = tiny_config(
         poisoned, tmp_path / "run", model__latent_scaling_factor=2.0, run__checkpointing_steps=1, run__max_train_steps=6
     )
-    with pytest.raises(NonFiniteLossError, match=r"step \d: the loss is (nan|inf) on rank 0 for clip '9x32x32-007'") as e:
+    with pytest.raises(
+        NonFiniteLossError, match=r"step \d: the loss is (nan|inf) on rank 0 for clip '9x32x32-007'"
+    ) as e:
         train(config)
     assert e.value.exit_code == 6
     steps = [line["step"] for line in metrics_of(tmp_path / "run")] if (tmp_path / "run/metrics.jsonl").exists() else []
@@ -285,7 +305,9 @@ def test_a_non_finite_gradient_stops_before_the_optimizer_too(
 
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", poison)
     monkeypatch.setattr("torch.optim.AdamW.step", no_step)
-    with pytest.raises(NonFiniteLossError, match=r"step 0: the norm of the gradient is inf on rank 0.*shard \d, row \d"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 0: the norm of the gradient is inf on rank 0.*shard \d, row \d"
+    ):
         train(tiny_config(small_cache, tmp_path / "run"))
 
 
@@ -305,9 +327,7 @@ def test_a_fuser_that_needs_llm_is_refused_on_a_cache_without(tmp_path: Path) ->
 def test_a_transformer_that_does_not_fit_is_refused_before_it_is_built(small_cache: Path, tmp_path: Path) -> None:
     def refused(**sizes: int) -> CacheError:
         folder = save_random_transformer(tmp_path / "-".join(sizes), **sizes)
-        config = tiny_config(
-            small_cache, tmp_path / "run", model__init_from=str(folder), model__fit_to_cache=False
-        )
+        config = tiny_config(small_cache, tmp_path / "run", model__init_from=str(folder), model__fit_to_cache=False)
         with pytest.raises(CacheError) as caught:
             fit(config, open_cache(str(small_cache)))
         return caught.value
@@ -324,7 +344,9 @@ def test_the_preset_of_another_model_is_refused_before_anything_is_fetched(small
     from mimir_train.presets import preset_document
 
     given = {"data": {"cache": str(small_cache)}, "run": {"output_dir": str(tmp_path / "run")}}
-    with pytest.raises(CacheError, match=r"latents have 4 channels, but the transformer \(THUDM/CogVideoX-2b\) takes 16"):
+    with pytest.raises(
+        CacheError, match=r"latents have 4 channels, but the transformer \(THUDM/CogVideoX-2b\) takes 16"
+    ):
         fit(train_config(overlay(preset_document("cogvideox-2b"), given)), open_cache(str(small_cache)))
 
 

@@ -53,7 +53,7 @@ def test_every_prompt_of_the_real_vbench_file_is_its_own_file_name() -> None:
         ("p.jsonl", '{"prompt": "a cat"}\n{"prompt"', "line 2: not JSON"),
         ("p.jsonl", '{"caption": "a cat"}', 'line 1: expected "prompt" or "text" with a text, got None'),
         ("p.jsonl", '{"prompt": "  "}', "line 1: expected .* got '  '"),
-        ("p.jsonl", '{"prompt": "a \\ud800"}', "character 2 is no valid text"),
+        ("p.jsonl", '{"prompt": "a \\ud800"}', "character 2 is half of a surrogate pair"),
         ("p.json", '{"prompt_en": "a cat"}', "expected VBench's list .* got dict"),
         ("p.json", '["a cat"]', "entry 0: expected an object .* got str"),
     ],

@@ -65,7 +65,10 @@ def resumed_settings(output_dir: Path, resume: str | None) -> Document | None:
         return None
     if not (run / CONFIG_NAME).is_file():
         raise InputError(f"{run}: has checkpoints but no {CONFIG_NAME}; the settings of the run are not known")
-    return read_document(run / CONFIG_NAME)
+    settings = read_document(run / CONFIG_NAME)
+    if isinstance(settings.get("run"), dict):
+        settings["run"].pop("stop_at_step", None)  # said of one call, not of the training
+    return settings
 
 
 def open_run(config: TrainConfig, resume: str | None, say: Callable[[str], None]) -> RunFolder:

@@ -1,0 +1,205 @@
+"""Checkpoints: whole or not there, and no changed byte is believed."""
+
+import errno
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimir_shared.errors import CacheError, InputError, MachineError
+from mimir_train.checkpoint import (
+    MANIFEST,
+    check_checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint_info,
+    read_state,
+)
+from mimir_train.fuser_folder import fuser_config, load_fuser
+from mimir_train.loop import train
+from mimir_train.transformer_folder import load_transformer
+from tests.train.caches import T5_ROWS, VIDEO, flipped_byte, resumed_config, tiny_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def trained(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints after 2 and after 4 steps. Not to be written to."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny_config(small_cache, run, run__max_train_steps=4, run__checkpointing_steps=2))
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_checkpoint_has_the_agreed_layout_and_nothing_pickled(trained: Path) -> None:
+    folder = trained / "checkpoints/step-00000004"
+    names = [path.relative_to(folder).as_posix() for path in files_of(folder)]
+    assert names == [
+        "checkpoint.json",
+        "fuser/config.json",
+        "fuser/model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ]
+    document = json.loads((folder / MANIFEST).read_text())
+    assert document["version"] == 1
+    assert document["step"] == 4
+    assert document["files"].keys() == {*names} - {"checkpoint.json"}
+    assert document["data"]["buckets"] == [VIDEO]
+    assert document["data"]["features"].keys() == {"latents", "t5", "answers", "llm"}
+    assert document["text"] == {"t5_rows": T5_ROWS, "answer_variant": 0, "empty_text": "zeros"}
+    assert document["objective"] == {"snr_shift_scale": 1.0}
+    assert list((trained / "checkpoints").glob(".*")) == []
+
+
+def test_models_come_back_from_a_checkpoint_in_float32(trained: Path) -> None:
+    folder = find_checkpoint(trained)
+    info = read_checkpoint_info(folder)
+    dit, fuser = load_transformer(folder / "transformer"), load_fuser(folder / "fuser")
+    assert {parameter.dtype for parameter in [*dit.parameters(), *fuser.parameters()]} == {torch.float32}
+    assert fuser.config == fuser_config(info.fuser, "checkpoint.json")
+    state, tensors = read_state(folder)
+    assert state.step == info.step == 4
+    assert {name.rpartition(".")[2] for name in tensors} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+def test_the_newest_good_checkpoint_is_found_from_run_or_step(trained: Path) -> None:
+    folders = list_checkpoints(trained)
+    assert [folder.name for folder in folders] == ["step-00000002", "step-00000004"]
+    assert find_checkpoint(trained) == folders[1]
+    assert find_checkpoint(folders[0]) == folders[0]
+
+
+def test_no_checkpoint_at_all_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint here"):
+        find_checkpoint(tmp_path)
+
+
+def test_every_flipped_bit_is_refused(run: Path) -> None:
+    folder = run / "checkpoints/step-00000004"
+    generator = random.Random(0)
+    for path in files_of(folder):
+        size = path.stat().st_size
+        for offset in {0, size - 1, *(generator.randrange(size) for _ in range(14))}:
+            with flipped_byte(path, offset):
+                problem = check_checkpoint(folder)
+                assert problem is not None, f"{path} at {offset}"
+                assert path.name in problem
+    assert check_checkpoint(folder) is None
+
+
+def test_every_cut_is_refused(run: Path) -> None:
+    folder = run / "checkpoints/step-00000004"
+    generator = random.Random(1)
+    for path in files_of(folder):
+        whole = path.read_bytes()
+        for length in (0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(5))):
+            path.write_bytes(whole[:length])
+            assert check_checkpoint(folder) is not None, f"{path} cut to {length}"
+        path.unlink()
+        assert check_checkpoint(folder) is not None, f"{path} removed"
+        path.write_bytes(whole)
+    assert check_checkpoint(folder) is None
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud_and_the_last_good_one_taken(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "checkpoints/step-00000004/optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    said: list[str] = []
+    assert find_checkpoint(run, say=said.append).name == "step-00000002"
+    assert "checkpoint step-00000004 is damaged and passed over" in said[0]
+    assert "optimizer.safetensors" in said[0]
+    # who samples does not read the optimizer's state, and may use it
+    assert find_checkpoint(run, parts=("transformer", "fuser")).name == "step-00000004"
+    outcome = train(resumed_config(run), "latest")
+    assert "step-00000004 is damaged and passed over" in capfd.readouterr().err
+    assert outcome.steps_done == 4
+    assert check_checkpoint(run / "checkpoints/step-00000004") is None  # made again
+    assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == [0, 1, 2, 3]
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(run: Path) -> None:
+    path = run / "checkpoints/step-00000004/state.json"
+    path.write_text(path.read_text().replace("4", "5", 1))
+    with pytest.raises(CacheError, match=r"state.json: its .* bytes are not those that were written.*latest") as caught:
+        train(resumed_config(run, "4"), "4")
+    assert caught.value.exit_code == 4
+    with pytest.raises(CacheError, match="no good checkpoint"):
+        find_checkpoint(run / "checkpoints/step-00000004")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run: Path) -> None:
+    for folder in list_checkpoints(run):
+        (folder / MANIFEST).unlink()
+    with pytest.raises(CacheError, match="no good checkpoint"):
+        train(resumed_config(run), "latest")
+
+
+def test_a_config_that_was_edited_is_refused(run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
+    with pytest.raises(InputError, match="order of the clips was"):
+        train(resumed_config(run), "latest")
+    path.write_text(path.read_text().replace("seed: 43", "seed: 42").replace("clip_norm: 1.0", "clip_norm: 2.0"))
+    with pytest.raises(InputError, match="made with other settings than config.yaml beside it says"):
+        train(resumed_config(run, run__max_train_steps=6), "latest")
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 6, 9])
+def test_a_save_that_fails_at_any_file_leaves_the_earlier_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """The disk is full after so many files were made durable."""
+    sync, left = os.fsync, [after]
+
+    def failing(descriptor: int) -> None:
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", failing)
+    with pytest.raises(MachineError, match=r"step-00000006: saving the checkpoint: No space left.*ENOSPC"):
+        train(resumed_config(run, run__max_train_steps=6), "latest")
+    monkeypatch.undo()
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert find_checkpoint(run).name == "step-00000004"
+    assert train(resumed_config(run, run__max_train_steps=6), "latest").steps_done == 6
+
+
+def test_a_checkpoint_half_written_by_a_kill_is_not_seen_and_is_cleared_away(run: Path) -> None:
+    half = run / "checkpoints/.step-00000006-0123"
+    shutil.copytree(run / "checkpoints/step-00000004", half)
+    (half / MANIFEST).unlink()
+    assert find_checkpoint(run).name == "step-00000004"
+    train(resumed_config(run, run__max_train_steps=6), "latest")
+    assert not half.exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(small_cache: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        small_cache,
+        tmp_path / "run",
+        run__max_train_steps=5,
+        run__checkpointing_steps=1,
+        run__checkpoints_total_limit=2,
+    )
+    train(config)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000005"]
