@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
-
 from safetensors.torch import load_file
 
 from mimir_shared.errors import CacheError, InputError

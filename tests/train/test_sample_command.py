@@ -82,6 +82,20 @@ def command(*arguments: str | Path) -> None:
     typer.main.get_command(app).main([str(argument) for argument in arguments], standalone_mode=False)
 
 
+def difference(one: Path, other: Path) -> float:
+    """Mean distance of two videos' pixels, of 255. Equal runs may differ in the last bits of a sum on some machines,
+    and so in a pixel here and there by one step; another noise or another text gives more than 1.
+    """
+    videos = [read_video(path) for path in (one, other)]
+    assert videos[0] is not None, one
+    assert videos[1] is not None, other
+    return float(np.abs(videos[0].astype(np.float64) - videos[1]).mean())
+
+
+SAME, OTHER = 0.1, 1.0
+"""Below the first, two videos are the same; above the second they are not."""
+
+
 def sample(run: Path, models: Path, output_dir: Path, *arguments: str | Path) -> None:
     options = ("--num-inference-steps", "2", "--device", "cpu")
     command("sample", "--checkpoint", run, "--models", models, "--output-dir", output_dir, *options, *arguments)
@@ -109,9 +123,9 @@ def test_a_video_depends_on_its_own_prompt_seed_and_index_alone(run_folder: Path
     sample(run_folder, models, alone, "--prompt", DOG)
     sample(run_folder, models, together, "--prompt", CAT, "--prompt", DOG, "--num-samples-per-prompt", "2")
     sample(run_folder, models, other, "--prompt", DOG, "--seed", "1")
-    assert (alone / f"{DOG}-0.mp4").read_bytes() == (together / f"{DOG}-0.mp4").read_bytes()
-    assert (together / f"{DOG}-0.mp4").read_bytes() != (together / f"{DOG}-1.mp4").read_bytes()
-    assert (alone / f"{DOG}-0.mp4").read_bytes() != (other / f"{DOG}-0.mp4").read_bytes()
+    assert difference(alone / f"{DOG}-0.mp4", together / f"{DOG}-0.mp4") < SAME
+    assert difference(together / f"{DOG}-0.mp4", together / f"{DOG}-1.mp4") > OTHER
+    assert difference(alone / f"{DOG}-0.mp4", other / f"{DOG}-0.mp4") > OTHER
 
 
 def test_vbench_file_is_resumed_and_only_what_does_not_play_is_made_again(
@@ -122,13 +136,15 @@ def test_vbench_file_is_resumed_and_only_what_does_not_play_is_made_again(
     out = tmp_path / "out"
     sample(baseline_run, models, out, "--prompts", prompts)
     videos = [out / f"{CAT}-{index}.mp4" for index in range(5)]
-    made = {video: (video.read_bytes(), video.stat().st_mtime_ns) for video in videos}
+    first = shutil.copytree(out, tmp_path / "first")
+    made_at = [video.stat().st_mtime_ns for video in videos]
     videos[1].unlink()
-    videos[3].write_bytes(made[videos[3]][0][:-2000])
+    videos[3].write_bytes(videos[3].read_bytes()[:-2000])
     videos[4].write_bytes(b"")
     sample(baseline_run, models, out, "--prompts", prompts)
-    assert all(video.read_bytes() == made[video][0] for video in videos)
-    assert [video.stat().st_mtime_ns == made[video][1] for video in videos] == [True, False, True, False, False]
+    assert all(difference(video, first / video.name) < SAME for video in videos)
+    kept = [video.stat().st_mtime_ns == before for video, before in zip(videos, made_at, strict=True)]
+    assert kept == [True, False, True, False, False]
 
 
 def test_a_call_that_was_stopped_goes_on_from_the_latents_that_it_left(
@@ -147,7 +163,7 @@ def test_a_call_that_was_stopped_goes_on_from_the_latents_that_it_left(
     assert len(list((stopped / "latents").iterdir())) == 2
     monkeypatch.setattr(sample_module, "_encode_texts", stop)  # nothing is encoded or denoised again
     sample(baseline_run, models, stopped, "--prompt", CAT, "--prompt", DOG)
-    assert (stopped / f"{CAT}-0.mp4").read_bytes() == (whole / f"{CAT}-0.mp4").read_bytes()
+    assert difference(stopped / f"{CAT}-0.mp4", whole / f"{CAT}-0.mp4") < SAME
     assert not (stopped / "latents").exists()
 
 
@@ -188,11 +204,12 @@ def test_each_option_gives_another_video(
 ) -> None:
     sample(baseline_run, models, tmp_path / "plain", "--prompt", CAT)
     sample(baseline_run, models, tmp_path / "other", "--prompt", CAT, *arguments)
-    plain, other = (read_video(tmp_path / folder / f"{CAT}-0.mp4") for folder in ("plain", "other"))
-    assert plain is not None
-    assert other is not None
-    assert len(other) == (1 if "1x32x48" in arguments else 9)
-    assert not np.array_equal(plain, other)
+    plain, other = (tmp_path / folder / f"{CAT}-0.mp4" for folder in ("plain", "other"))
+    if "1x32x48" in arguments:
+        assert plays(other, 1, 32, 48)
+    else:
+        print(arguments, difference(plain, other))
+        assert difference(plain, other) > SAME
 
 
 def test_a_run_trained_on_the_cached_empty_prompt_is_guided_away_from_that(
@@ -202,9 +219,10 @@ def test_a_run_trained_on_the_cached_empty_prompt_is_guided_away_from_that(
     sample(tmp_path / "run", models, tmp_path / "cached", "--prompt", CAT)
     sample(baseline_run, models, tmp_path / "empty", "--prompt", CAT, "--negative-prompt", "")
     sample(baseline_run, models, tmp_path / "zeros", "--prompt", CAT)
-    videos = [(tmp_path / folder / f"{CAT}-0.mp4").read_bytes() for folder in ("cached", "empty", "zeros")]
-    assert videos[0] == videos[1]
-    assert videos[0] != videos[2]
+    cached, empty, zeros = (tmp_path / folder / f"{CAT}-0.mp4" for folder in ("cached", "empty", "zeros"))
+    assert difference(cached, empty) < SAME
+    print(difference(cached, zeros))
+    assert difference(cached, zeros) > OTHER
 
 
 def test_stabilizer_tokens_are_there_only_if_the_last_trained_step_had_them(
