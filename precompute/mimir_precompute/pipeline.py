@@ -129,12 +129,12 @@ def refuse_other_identity(storage: LocalStorage, spec: FeatureSpec) -> None:
     present = [folder for folder in find_features(storage) if folder.feature == spec.feature]
     if not present or any(spec.fingerprint.startswith(folder.fingerprint) for folder in present):
         return
-    old = present[-1].read_spec()
-    changed = differences(old.identity, spec.identity)
+    nearest = min(present, key=lambda folder: len(differences(folder.read_spec().identity, spec.identity)))
+    changed = differences(nearest.read_spec().identity, spec.identity)
     shown = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed[:8])
     more = f"; and {len(changed) - 8} more fields" if len(changed) > 8 else ""
     raise CacheError(
-        f"{storage.root}/{present[-1].directory}: `{spec.feature}` was made otherwise than asked for now: "
+        f"{storage.root}/{nearest.directory}: `{spec.feature}` was made otherwise than asked for now: "
         f"{shown}{more}. "
         f"Go back to the old models and settings, or keep both side by side: --on-mismatch new"
     )
@@ -153,7 +153,7 @@ def encode_feature(
         return outcome
     answers = _answers_folder(job, specs) if "answers" in DEPENDENCIES[feature] else None
     preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers)
-    num_clips = sum(len(job.plan.shard_clips(shard)) for shard in todo)
+    num_clips = sum(job.plan.file_of(shard).num_clips(shard) for shard in todo)
     with progress.feature(feature, shards=len(todo), clips=num_clips), closing(job.encoders.build(feature)) as encoder:
         log.feature_started(feature, spec.fingerprint)
         publish_empty(folder, encoder, answers)
@@ -270,7 +270,7 @@ def quarantined_clips(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) 
 
 def check_quarantine(job: EncodeJob, outcome: EncodeOutcome) -> None:
     """Raise TooManyQuarantinedError where the share of unusable clips is above the job's limit."""
-    clips = sum(not job.plan.is_superseded(clip) for shard in job.shards for clip in job.plan.shard_clips(shard))
+    clips = sum(job.plan.num_current_clips(shard) for shard in job.shards)
     count = len(outcome.quarantined)
     if count > clips * job.max_quarantined:
         shown = ", ".join(f"{key} ({why})" for key, why in sorted(outcome.quarantined.items())[:5])

@@ -85,10 +85,17 @@ class PlanFile:
 
     def shard_clips(self, shard: int) -> list[PlannedClip]:
         """The planned clips of one shard, in row order."""
-        rows = self.table.select(list(_FIELDS)).filter(pc.equal(self.table["shard"], shard))
-        clips = [PlannedClip(**row) for row in rows.to_pylist()]
+        begin = (shard - self.settings.first_shard) * self.settings.shard_size
+        rows = self.table.select(list(_FIELDS)).slice(begin, self.settings.shard_size)
+        clips = [PlannedClip(**row) for row in rows.filter(pc.equal(rows["shard"], shard)).to_pylist()]
         assert [clip.row for clip in clips] == list(range(len(clips))), f"shard {shard} of the plan has gaps"
         return clips
+
+    def num_clips(self, shard: int) -> int:
+        """How many clips are planned in one shard."""
+        begin = (shard - self.settings.first_shard) * self.settings.shard_size
+        shards = self.table["shard"].slice(begin, self.settings.shard_size)
+        return int(pc.sum(pc.equal(shards, shard)).as_py() or 0)
 
 
 class Plan:
@@ -131,6 +138,12 @@ class Plan:
                         newest[key] = (shard, row)
             self._newest = newest
         return self._newest
+
+    def num_current_clips(self, shard: int) -> int:
+        """How many clips of a shard no later plan file changed or removed."""
+        if len(self.files) == 1:
+            return self.files[0].num_clips(shard)
+        return sum(not self.is_superseded(clip) for clip in self.shard_clips(shard))
 
     def is_superseded(self, clip: PlannedClip) -> bool:
         """Whether a later plan file changed or removed the clip of this row."""

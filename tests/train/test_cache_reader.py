@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mimir_shared.errors import CacheError, InputError
+from mimir_shared.feature_folder import find_features
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, write_snapshot
 from mimir_shared.storage import LocalStorage
@@ -85,7 +86,7 @@ def test_a_shard_that_was_cut_short_is_refused(cache_copy: Path) -> None:
     path = data_file(cache, "llm", 2)
     path.write_bytes(path.read_bytes()[:4000])
     last = cache.num_clips - 1
-    with pytest.raises(CacheError, match="ends after .* bytes"):
+    with pytest.raises(CacheError, match=r"ends after .* bytes"):
         cache.read(last, "llm", verify=False)
 
 
@@ -111,7 +112,7 @@ def test_a_finished_cache_without_snapshot_names_finalize(tmp_path: Path) -> Non
 
 def test_a_cache_without_latents_cannot_be_trained_on(tmp_path: Path) -> None:
     root = build_cache(tmp_path / "c", features=("t5",))
-    with pytest.raises(InputError, match="not finished: no latents yet.*encode"):
+    with pytest.raises(InputError, match=r"not finished: no latents yet.*encode"):
         open_cache(str(root))
 
 
@@ -126,8 +127,6 @@ def test_no_cache_at_all_is_said(tmp_path: Path) -> None:
 def test_the_newest_snapshot_is_taken_and_an_older_one_by_its_digest(cache_copy: Path) -> None:
     storage = LocalStorage(cache_copy)
     (first,) = list_snapshots(storage)
-    from mimir_shared.feature_folder import find_features
-
     folders = {folder.feature: folder for folder in find_features(storage) if folder.feature in ("latents", "t5")}
     second = write_snapshot(storage, read_plan(storage), folders)
     assert open_cache(str(cache_copy)).snapshot == second
@@ -141,7 +140,7 @@ def test_the_newest_snapshot_is_taken_and_an_older_one_by_its_digest(cache_copy:
 def test_a_fingerprint_that_the_cache_does_not_have_lists_those_it_has(small_cache: Path) -> None:
     with pytest.raises(InputError, match=r"--feature llm=0000: .* has [0-9a-f]{12}"):
         open_cache(str(small_cache), {"llm": "0000"})
-    with pytest.raises(InputError, match="--feature colour=1: .* has no such feature"):
+    with pytest.raises(InputError, match=r"--feature colour=1: .* has no such feature"):
         open_cache(str(small_cache), {"colour": "1"})
 
 

@@ -158,7 +158,7 @@ def test_a_config_that_was_edited_is_refused(run: Path) -> None:
     with pytest.raises(InputError, match="order of the clips was"):
         train(resumed_config(run), "latest")
     path.write_text(path.read_text().replace("seed: 43", "seed: 42").replace("clip_norm: 1.0", "clip_norm: 2.0"))
-    with pytest.raises(InputError, match="made with other settings than config.yaml beside it says"):
+    with pytest.raises(InputError, match=r"made with other settings than config.yaml beside it says"):
         train(resumed_config(run, run__max_train_steps=6), "latest")
 
 

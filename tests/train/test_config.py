@@ -140,7 +140,7 @@ def test_what_decides_the_training_may_not_change_when_a_run_goes_on(tmp_path: P
             refuse_other_training(old, changed(name, value), "config.yaml")
     cosine = changed("optimizer.schedule", "cosine")
     longer = train_config(overlay(to_document(cosine), nest("run.max_train_steps", 7)))
-    with pytest.raises(InputError, match="run.max_train_steps: 300 → 7"):  # the cosine would end elsewhere
+    with pytest.raises(InputError, match=r"run.max_train_steps: 300 → 7"):  # the cosine would end elsewhere
         refuse_other_training(cosine, longer, "config.yaml")
 
 

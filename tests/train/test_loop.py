@@ -17,12 +17,15 @@ from mimir_shared.fingerprint import differences
 from mimir_train.cache_reader import open_cache
 from mimir_train.checkpoint import read_checkpoint_info
 from mimir_train.config import OptimizerConfig
+from mimir_train.config_document import overlay, train_config
 from mimir_train.fit import fit
 from mimir_train.loop import TrainOutcome, train
-from mimir_train.model.config import DiTConfig
+from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig
 from mimir_train.model.dit import DiT
+from mimir_train.model.fuser import TokenFuser
 from mimir_train.optimizer import build_optimizer, rate_factor
 from mimir_train.order import TrainingOrder
+from mimir_train.presets import preset_document
 from mimir_train.transformer_folder import save_transformer
 from tests.train.caches import (
     CHANNELS,
@@ -253,8 +256,6 @@ def test_config_yaml_leaves_nothing_open_and_repeats_the_run(small_cache: Path, 
     assert written["model"]["t5_rms"] == pytest.approx(1.0, abs=0.2)
     assert written["model"]["transformer"]["in_channels"] == CHANNELS
     assert written["model"]["transformer"]["text_embed_dim"] == T5_WIDTH
-    from mimir_train.config_document import train_config
-
     again = {**written, "run": {**written["run"], "output_dir": str(tmp_path / "again")}}
     train(train_config(again))
     assert losses_of(tmp_path / "again") == losses_of(tmp_path / "run")
@@ -319,7 +320,7 @@ def test_a_batch_larger_than_every_bucket_is_refused(small_cache: Path, tmp_path
 
 def test_a_fuser_that_needs_llm_is_refused_on_a_cache_without(tmp_path: Path) -> None:
     cache = build_cache(tmp_path / "c", features=("latents", "t5"))
-    with pytest.raises(InputError, match="--fuser mimir reads the feature `llm`, which .* does not have"):
+    with pytest.raises(InputError, match=r"--fuser mimir reads the feature `llm`, which .* does not have"):
         train(tiny_config(cache, tmp_path / "run"))
     assert train(tiny_config(cache, tmp_path / "run", model__fuser="baseline", run__max_train_steps=1)).steps_done == 1
 
@@ -340,9 +341,6 @@ def test_a_transformer_that_does_not_fit_is_refused_before_it_is_built(small_cac
 
 
 def test_the_preset_of_another_model_is_refused_before_anything_is_fetched(small_cache: Path, tmp_path: Path) -> None:
-    from mimir_train.config_document import overlay, train_config
-    from mimir_train.presets import preset_document
-
     given = {"data": {"cache": str(small_cache)}, "run": {"output_dir": str(tmp_path / "run")}}
     with pytest.raises(
         CacheError, match=r"latents have 4 channels, but the transformer \(THUDM/CogVideoX-2b\) takes 16"
@@ -383,9 +381,6 @@ def test_an_initial_transformer_that_is_not_there_is_refused(small_cache: Path, 
 
 
 def test_matrices_decay_and_the_two_parts_have_their_own_rates() -> None:
-    from mimir_train.model.config import FUSERS, FuserConfig
-    from mimir_train.model.fuser import TokenFuser
-
     dit = DiT(DiTConfig(num_attention_heads=1, attention_head_dim=16, num_layers=1, in_channels=4, out_channels=4))
     fuser = TokenFuser(FuserConfig(switches=FUSERS["mimir"], t5_rms=1.0, text_width=16, llm_width=12))
     optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-5, fuser_learning_rate=1e-4), dit, fuser)

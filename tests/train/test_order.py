@@ -1,6 +1,7 @@
 """The order of the clips: exactly once an epoch, for any world size, from any step on, today as yesterday."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -108,7 +109,7 @@ def test_buckets_are_mixed_over_the_epoch() -> None:
     order = order_of(bucket("a", [200]), bucket("b", [200]), batch=4)
     names = [order.batch(step).bucket for step in range(order.steps_per_epoch)]
     assert names.count("a") == names.count("b") == 50
-    changes = sum(x != y for x, y in zip(names[:-1], names[1:], strict=True))
+    changes = sum(x != y for x, y in pairwise(names))
     assert 30 < changes < 70  # half of 99 is expected of a fair mix; one after the other would give 1
 
 

@@ -5,12 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from mimir_train import cli
+from mimir_train.batch import BatchLoader, find_layout
+from mimir_train.cache_reader import open_cache
 from mimir_train.checkpoint import find_checkpoint
+from mimir_train.order import TrainingOrder
 from tests.programs import environment
 from tests.train.caches import VIDEO, build_cache
 
@@ -108,19 +112,13 @@ def test_order_says_which_clips_each_rank_sees(small_cache: Path, capfd: pytest.
     assert len(epoch) == 3
     assert sorted(key for (keys,) in epoch for key in keys) == [f"{VIDEO}-{i:03d}" for i in range(24)]
     later = keys_of("--start-step", 1, "--steps", 4, "--world-size", 4)
-    assert [sum(ranks, []) for ranks in later][:2] == [keys for (keys,) in epoch[1:]]
+    assert [list(chain(*ranks)) for ranks in later][:2] == [keys for (keys,) in epoch[1:]]
     assert all([len(keys) for keys in ranks] == [2, 2, 2, 2] for ranks in later)
     held_out = keys_of("--validation-shards", 1)
     assert len(held_out) == 2
 
 
-def test_order_of_a_run_is_what_the_run_reads(
-    small_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from mimir_train.batch import BatchLoader, find_layout
-    from mimir_train.cache_reader import open_cache
-    from mimir_train.order import TrainingOrder
-
+def test_order_of_a_run_is_what_the_run_reads(small_cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     _, out, _ = call(capfd, "order", "--cache", small_cache, "--global-batch-size", 6, "--seed", 9, "--json",
                      "--steps", 5, "--world-size", 2)  # fmt: skip
     cache = open_cache(str(small_cache))

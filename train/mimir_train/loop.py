@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.parallel import Parallel, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
 from mimir_train.run_folder import RunFolder, open_run
-from mimir_train.step_check import refuse_non_finite
+from mimir_train.step_report import RankReport, StepReport, exchange, refuse_non_finite
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
 from mimir_train.transformer_folder import load_transformer
 from mimir_train.validation import ValidationSet, find_validation_set, validate
@@ -80,26 +81,18 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 factor = rate_factor(config.optimizer, batch.step, config.run.max_train_steps)
                 rates = set_rates(trainer.optimizer, factor)
 
-                losses = accumulate_gradients(trainer, batch)
+                clip_losses = accumulate_gradients(trainer, batch)
                 grad_norm = clip_gradients(trainer)
-                everyone = parallel.gather([*losses, grad_norm, float(stop.requested)])
-                refuse_non_finite(everyone, batch.step, clips_of_step(cache, order, batch.step))
+                report = exchange(
+                    parallel,
+                    RankReport(clip_losses=clip_losses, grad_norm=grad_norm, stop_requested=stop.requested),
+                )
+                refuse_non_finite(report, batch.step, partial(clips_of_step, cache, order, batch.step))
                 trainer.optimizer.step()
                 trainer.optimizer.zero_grad(set_to_none=True)
 
-                steps_done, stopping = batch.step + 1, any(row[-1] for row in everyone)
-                figures: dict[str, float | int | str] = {
-                    "step": batch.step,
-                    "epoch": batch.epoch,
-                    "bucket": batch.bucket,
-                    "loss": mean_loss(everyone),
-                    "grad_norm": grad_norm,
-                    "lr": rates["dit"],
-                    **({"lr_fuser": rates["fuser"]} if "fuser" in rates else {}),
-                    "step_s": (step_s := time.perf_counter() - started),
-                    "data_wait_s": data_wait_s,
-                    "samples_per_s": order.global_batch_size / step_s,
-                }
+                steps_done = batch.step + 1
+                figures = step_figures(batch, report, rates, time.perf_counter() - started, data_wait_s)
                 if batch.step % config.run.fuser_figures_steps == 0:
                     figures |= fuser_figures(trainer, batch)
                 if trainer.validation is not None and is_due(steps_done, config.run.validation_steps, last_step):
@@ -107,9 +100,9 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 for sink in sinks:
                     sink.add(figures)
 
-                if stopping or is_due(steps_done, config.run.checkpointing_steps, last_step):
+                if report.stop_requested or is_due(steps_done, config.run.checkpointing_steps, last_step):
                     checkpoint = save(trainer, run, steps_done)
-                if stopping:
+                if report.stop_requested:
                     return TrainOutcome(steps_done=steps_done, checkpoint=checkpoint, stopped_by_signal=True)
     return TrainOutcome(steps_done=max(first_step, last_step), checkpoint=checkpoint, stopped_by_signal=False)
 
@@ -193,7 +186,7 @@ def build_transformer(fitted: FittedRun) -> DiT:
     return load_transformer(fitted.initial.folder, dtype=torch.float32)
 
 
-def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> list[float]:
+def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[float, ...]:
     """Forward and backward over this rank's clips, a micro-batch at a time.
 
     Returns: the loss of each clip. Gradients are of their mean over the global batch, once ranks are averaged.
@@ -207,8 +200,7 @@ def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> list[float]:
             )
             (clip_loss.sum() / len(batch.clips)).backward()  # type: ignore[no-untyped-call]
         losses.append(clip_loss.detach())
-    values: list[float] = torch.cat(losses).tolist()
-    return values
+    return tuple(torch.cat(losses).tolist())
 
 
 @contextmanager
@@ -225,10 +217,22 @@ def clip_gradients(trainer: Trainer) -> float:
     return float(nn.utils.clip_grad_norm_(trainer.model.parameters(), limit))
 
 
-def mean_loss(everyone: list[list[float]]) -> float:
-    """Over the global batch; each row ends with two numbers that are no losses."""
-    losses = [loss for row in everyone for loss in row[:-2]]
-    return sum(losses) / len(losses)
+def step_figures(
+    batch: TrainingBatch, report: StepReport, rates: dict[str, float], step_s: float, data_wait_s: float
+) -> dict[str, float | int | str]:
+    """What metrics.jsonl says of every step. `step_s` has the wait for data in it, `data_wait_s` of the first rank."""
+    return {
+        "step": batch.step,
+        "epoch": batch.epoch,
+        "bucket": batch.bucket,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": rates["dit"],
+        **({"lr_fuser": rates["fuser"]} if "fuser" in rates else {}),
+        "step_s": step_s,
+        "data_wait_s": data_wait_s,
+        "samples_per_s": len(batch.clips) * len(report.ranks) / step_s,
+    }
 
 
 @torch.no_grad()

@@ -1,0 +1,91 @@
+"""What the ranks tell one another of a step, before the optimizer may act on it.
+
+Every rank gets every rank's numbers, so that all judge alike: a non-finite loss stops all of them, and so does a
+request to stop that reached one.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mimir_shared.errors import NonFiniteLossError
+from mimir_train.cache_reader import Clip
+from mimir_train.parallel import Parallel
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """One rank's step."""
+
+    clip_losses: tuple[float, ...]
+    grad_norm: float
+    """Of the gradient averaged over ranks, before it was clipped."""
+    stop_requested: bool
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step over all ranks."""
+
+    ranks: tuple[RankReport, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over the global batch, summed in the order of the batch: the same for any number of ranks."""
+        losses = [loss for rank in self.ranks for loss in rank.clip_losses]
+        return sum(losses) / len(losses)
+
+    @property
+    def grad_norm(self) -> float:
+        return self.ranks[0].grad_norm
+
+    @property
+    def stop_requested(self) -> bool:
+        return any(rank.stop_requested for rank in self.ranks)
+
+
+def exchange(parallel: Parallel, own: RankReport) -> StepReport:
+    """Tell all ranks of this rank's step, and learn of theirs."""
+    rows = parallel.gather([*own.clip_losses, own.grad_norm, float(own.stop_requested)])
+    return StepReport(
+        tuple(RankReport(clip_losses=tuple(row[:-2]), grad_norm=row[-2], stop_requested=row[-1] > 0) for row in rows)
+    )
+
+
+def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[], Sequence[Clip]]) -> None:
+    """Raise NonFiniteLossError naming step, rank and clips where a loss or the gradient's norm is not finite.
+
+    Args:
+        find_clips: gives the clips of the global batch, by position.
+    """
+    finite = all(math.isfinite(x) for rank in report.ranks for x in (*rank.clip_losses, rank.grad_norm))
+    if finite:
+        return
+    clips = find_clips()
+    share = len(clips) // len(report.ranks)
+    advice = (
+        "stopped before the optimizer's step, so the last checkpoint is good. Look at the clips with `mimir-precompute "
+        "inspect CACHE KEY`; if nothing is wrong with them, lower the learning rates in a new run that starts with "
+        "--resume-from-checkpoint at a checkpoint of this one"
+    )
+    bad = [
+        f"{loss} on rank {number} for clip {clips[number * share + i]}"
+        for number, rank in enumerate(report.ranks)
+        for i, loss in enumerate(rank.clip_losses)
+        if not math.isfinite(loss)
+    ]
+    if bad:
+        raise NonFiniteLossError(f"step {step}: the loss is {_some(bad)}; {advice}")
+    number = next(n for n, rank in enumerate(report.ranks) if not math.isfinite(rank.grad_norm))
+    own_clips = [str(clip) for clip in clips[number * share : (number + 1) * share]]
+    raise NonFiniteLossError(
+        f"step {step}: the norm of the gradient is {report.ranks[number].grad_norm} on rank {number}, though every loss "
+        f"is finite; its clips: {_some(own_clips)}; {advice}"
+    )
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
