@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from mimir_precompute.shard_writer import caption_hash
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
@@ -45,7 +46,7 @@ def write_records(cache: Path) -> None:
     storage = LocalStorage(cache)
     plan = read_plan(storage)
     for feature in FEATURES:
-        identity = {"feature": feature, "tensors": []}
+        identity: dict[str, Any] = {"feature": feature, "tensors": []}
         spec = FeatureSpec(feature=feature, fingerprint=fingerprint(identity), format="webdataset", identity=identity)
         folder = FeatureFolder(storage, feature, spec.fingerprint)
         storage.create(spec_name(feature, spec.fingerprint), spec.model_dump_json().encode())

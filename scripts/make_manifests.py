@@ -57,7 +57,8 @@ def write_tiny() -> None:
     damaged = world / "clips" / "000002.mp4"
     damaged.write_bytes(damaged.read_bytes()[:700])
     arguments = ["--cache", cache, "--preset", "tiny", "--models", world / "models", "--shard-size", "2"]
-    subprocess.run([program, "encode", world / "clips", *arguments, "--max-quarantined", "0.5"], check=True)
+    command = [program, "encode", world / "clips", *arguments, "--max-quarantined", "0.5"]
+    subprocess.run([str(part) for part in command], check=True)
     shutil.rmtree(MANIFESTS / "tiny", ignore_errors=True)
     shutil.copytree(cache, MANIFESTS / "tiny", ignore=shutil.ignore_patterns("logs"))
     shutil.rmtree(world)

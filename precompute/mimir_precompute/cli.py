@@ -141,6 +141,8 @@ def encode(
                                          rich_help_panel=_MODELS)] = "moments",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Encode in tiles: less memory, other bytes.",
                                              rich_help_panel=_MODELS)] = False,
+    vae_engine: Annotated[str, typer.Option("--vae-engine", help="fast, or diffusers: the reference, slower.",
+                                            rich_help_panel=_MODELS)] = "fast",
     t5_rows: Annotated[str, typer.Option(help="all, or ragged (drops pad rows: lossy).", rich_help_panel=_MODELS)]
     = "all",
     answer_variants: Annotated[int, typer.Option(help="Answers kept a prompt; the first is greedy, the others sampled.",
@@ -174,6 +176,7 @@ def encode(
         dtype=dtype,
         stored_latents=latents,
         vae_tiling=vae_tiling,
+        vae_engine=vae_engine,
         t5_rows=t5_rows,
         answer_variants=answer_variants,
         output_format=output_format,

@@ -154,7 +154,7 @@ def _read_table(path: Path, video_key: str, caption_key: str, limit: int | None)
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: cannot be read as a list of clips; expected .jsonl, .csv or .parquet, or tars")
     problems = _Problems(str(path))
-    clips = ClipList(root=path.parent.absolute())
+    clips = ClipList(root=Path(os.path.abspath(path.parent)))
     for where, row in readers[path.suffix.lower()](path, problems):
         if limit is not None and len(clips) >= limit:
             break
@@ -292,7 +292,7 @@ def _decode_text(data: bytes, where: str, problems: _Problems) -> str | None:
 def _read_folder(path: Path, limit: int | None) -> ClipList:
     """Videos and images, each with a .txt of the same name beside it."""
     problems = _Problems(str(path))
-    clips = ClipList(root=path.absolute())
+    clips = ClipList(root=Path(os.path.abspath(path)))
     endings = VIDEO_ENDINGS + IMAGE_ENDINGS
     for file in sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in endings):
         if limit is not None and len(clips) >= limit:
@@ -324,7 +324,7 @@ def _add_clip(
 def _read_tars(paths: Iterable[str], limit: int | None) -> ClipList:
     """WebDataset samples: a video or image member, and its caption as .txt or as `text`/`caption` in .json."""
     names = [Path(path) for path in paths]
-    root = names[0].parent.absolute()
+    root = Path(os.path.abspath(names[0].parent))
     clips = ClipList(root=root)
     problems = _Problems(", ".join(path.name for path in names[:3]) + (", …" if len(names) > 3 else ""))
     for path in names:

@@ -14,6 +14,7 @@ from mimir_precompute.config import (
     ModelSource,
     StoredLatents,
     T5Settings,
+    VaeEngine,
     VaeSettings,
 )
 from mimir_precompute.device import choose_device
@@ -49,6 +50,7 @@ class EncodeRequest:
     dtype: str | None
     stored_latents: str
     vae_tiling: bool
+    vae_engine: str
     t5_rows: str
     answer_variants: int
     output_format: str
@@ -206,6 +208,7 @@ def encode_settings(
             dtype=dtype,
             stored=tuple(dict.fromkeys(stored)),
             tiling=request.vae_tiling,
+            engine=parse_choice("--vae-engine", request.vae_engine, get_args(VaeEngine)),
         ),
         t5=T5Settings(
             text_encoder=model_source(request, preset, "text_encoder", "t5" in features),

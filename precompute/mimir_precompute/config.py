@@ -7,6 +7,7 @@ from mimir_shared.errors import InputError
 
 ComputeDType = Literal["float32", "bfloat16"]
 StoredLatents = Literal["moments", "mean", "sample"]
+VaeEngine = Literal["fast", "diffusers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ class VaeSettings:
     """Which of the posterior's tensors are kept: moments (mean and log-variance), mean, one sample."""
     tiling: bool = False
     """Encode in overlapping tiles: less memory, other bytes."""
+    engine: VaeEngine = "fast"
+    """fast: our encoder, equal to diffusers but for the last bits; diffusers: its own, the reference and fall-back."""
     batch_size: int = 1
     """Clips a launch; may change the last bits, so it is part of the identity."""
     seed: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mimir_precompute.config import Bucket, EncodeSettings, Geometry, ModelSource
+from mimir_precompute.config import Bucket, EncodeSettings, Geometry, ModelSource, VaeEngine
 from mimir_precompute.encoders.prompts import INSTRUCTION_SEPARATOR, TEMPLATE_ARGUMENTS
 from mimir_precompute.frames import RESIZE_KERNEL
 from mimir_precompute.model_files import ModelPart, ResolvedModel, resolve_model
@@ -25,6 +25,9 @@ VAE_FRAMES_PER_CHUNK = 8
 """Frames that the VAE sees at once, after a first chunk of one more; its GroupNorm makes them part of the result."""
 
 VAE_CLASS = "AutoencoderKLCogVideoX"
+
+VAE_ENGINE_VERSIONS: Mapping[VaeEngine, int] = {"fast": 1, "diffusers": 1}
+"""Raised for an engine whenever our own code changes the bytes that it gives."""
 
 PARTS: Mapping[FeatureName, tuple[ModelPart, ...]] = {
     "latents": ("weights",),
@@ -177,6 +180,8 @@ def _latents_settings(settings: EncodeSettings, geometry: Geometry, models: Feat
     }
     return {
         "dtype": vae.dtype,
+        "engine": vae.engine,
+        "engine_version": VAE_ENGINE_VERSIONS[vae.engine],
         "batch_size": vae.batch_size,
         "stored": list(vae.stored),
         # the seed changes no byte where no sample is kept

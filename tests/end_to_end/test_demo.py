@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from scripts import demo, demo_page
+
 from tests.programs import run
 
 CAPTION = '<script>alert("caption")</script> & "quotes"'
@@ -41,7 +42,7 @@ class Outline(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
-            self.text += data
+            self.text += data + " "  # cells of a table have nothing between them
 
     def attributes(self, tag: str, name: str) -> list[str]:
         return [attributes[name] or "" for found, attributes in self.elements if found == tag and name in attributes]
@@ -92,7 +93,8 @@ def write_story(folder: Path) -> None:
     story = {
         "steps": [{"title": "Encode", "command": "mimir-precompute encode <x>", "shows": "It goes on.", "seconds": 5.0,
                    "output": "one\ntwo\n", "killed": True}],
-        "runs": [{"begin_s": 90.0, "end_s": 105.0, "killed": True}, {"begin_s": 106.0, "end_s": 250.0, "killed": False}],
+        "runs": [{"begin_s": 90.0, "end_s": 105.0, "killed": True},
+                 {"begin_s": 106.0, "end_s": 250.0, "killed": False}],
         "commits": [{"feature": one.feature, "shard": one.shard, "at_s": one.at_s} for one in commits],
         "shards": 3, "snapshot": "1a2b3c4d5e6f", "uninterrupted_snapshot": "1a2b3c4d5e6f",
     }  # fmt: skip
@@ -109,12 +111,17 @@ def page(demo_folder: Path) -> str:
 
 def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
     outline = Outline(page)
-    assert "http://" not in page and "https://" not in page and "url(" not in page and "@import" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "url(" not in page
+    assert "@import" not in page
     for tag, attribute in (("img", "src"), ("source", "srcset"), ("link", "href")):
         assert all(value.startswith("data:") for value in outline.attributes(tag, attribute))
-    assert not outline.attributes("script", "src") and "<script" not in page
+    assert not outline.attributes("script", "src")
+    assert "<script" not in page
     (policy,) = [a["content"] for tag, a in outline.elements if tag == "meta" and "http-equiv" in a]
-    assert policy is not None and policy.startswith("default-src 'none'")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
 
 
 def test_the_page_shows_every_clip_moving_beside_its_source(page: str) -> None:
@@ -125,7 +132,8 @@ def test_the_page_shows_every_clip_moving_beside_its_source(page: str) -> None:
         (alt,) = [alt for alt in alts if f"{index:06d}.mp4" in alt]
         assert "decoded from its latents" in alt
     decibels = [float(value) for value in re.findall(r"decoded, ([\d.]+) dB", outline.text)]
-    assert len(decibels) == 8 and min(decibels) > 20
+    assert len(decibels) == 8
+    assert min(decibels) > 20
 
 
 def test_captions_and_prompts_are_escaped(page: str) -> None:
@@ -143,9 +151,10 @@ def test_the_page_shows_the_damaged_clip_and_why(page: str) -> None:
 
 def test_the_page_tells_of_kill_training_and_samples(page: str) -> None:
     text = " ".join(Outline(page).text.split())
-    assert "1 shards were committed" in text or "1 shard was committed" in text
+    assert "1 shard was committed" in text
     assert "both have the snapshot 1a2b3c4d5e6f" in text
-    assert "60 steps" in text and "Both projections grow from zero" in text
+    assert "60 steps" in text
+    assert "Both projections grow from zero" in text
     assert "mimir-precompute encode <x>" in text
 
 
@@ -153,7 +162,9 @@ def test_a_page_without_training_leaves_it_out(demo_folder: Path, tmp_path: Path
     for name in ("cache", "toy"):
         (tmp_path / name).symlink_to(demo_folder / name)
     text = Outline(demo_page.build_page(tmp_path)).text
-    assert "Every clip" in text and "Samples" not in text and "What was run" not in text
+    assert "Every clip" in text
+    assert "Samples" not in text
+    assert "What was run" not in text
 
 
 def test_the_page_opens_in_a_browser_without_a_complaint(page: str, demo_folder: Path, tmp_path: Path) -> None:

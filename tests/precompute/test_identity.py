@@ -88,6 +88,7 @@ def test_identity_is_plain_json(feature: FeatureName) -> None:
         ("latents", {"dtype": "float32"}, {"latents"}),
         ("latents", {"stored": ("moments", "mean")}, {"latents"}),
         ("latents", {"tiling": True}, {"latents"}),
+        ("latents", {"engine": "diffusers"}, {"latents"}),
         ("latents", {"batch_size": 2}, {"latents"}),
         ("latents", {"seed": 1}, set()),
         ("t5", {"dtype": "float32"}, {"t5"}),
@@ -117,7 +118,7 @@ def test_a_setting_changes_exactly_the_features_whose_bytes_it_changes(
 def test_every_setting_of_every_feature_is_in_the_table_above() -> None:
     # a new field must be put into an identity, or declared here to change no byte
     known = {
-        "latents": {"source", "dtype", "stored", "tiling", "batch_size", "seed"},
+        "latents": {"source", "dtype", "stored", "tiling", "batch_size", "seed", "engine"},
         "t5": {"text_encoder", "tokenizer", "dtype", "max_length", "rows", "batch_size"},
         "answers": {
             *("source", "dtype", "engine", "instructions", "max_caption_tokens", "max_answer_tokens"),

@@ -92,7 +92,7 @@ def difference(one: Path, other: Path) -> float:
     return float(np.abs(videos[0].astype(np.float64) - videos[1]).mean())
 
 
-SAME, OTHER = 0.1, 1.0
+SAME, OTHER = 1.0, 2.0
 """Below the first, two videos are the same; above the second they are not."""
 
 
@@ -142,7 +142,7 @@ def test_vbench_file_is_resumed_and_only_what_does_not_play_is_made_again(
     videos[3].write_bytes(videos[3].read_bytes()[:-2000])
     videos[4].write_bytes(b"")
     sample(baseline_run, models, out, "--prompts", prompts)
-    assert all(difference(video, first / video.name) < SAME for video in videos)
+    assert max(difference(video, first / video.name) for video in videos) < SAME
     kept = [video.stat().st_mtime_ns == before for video, before in zip(videos, made_at, strict=True)]
     assert kept == [True, False, True, False, False]
 

@@ -8,6 +8,7 @@ SiLU, bias and residual are fused (fast_vae_kernels.py). diffusers stays the tru
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,11 @@ class FastVaeEncoder(nn.Module):
             conv_cache: what the call for the chunk before returned; None for a clip's first chunk.
         Returns: (B, 2C, t, h, w) in the dtype of the sample, and the cache for the next chunk.
         """
-        cache: Mapping[str, Tensor] = conv_cache or {}
+        # Triton launches on the current device, which need not be that of the sample
+        with torch.cuda.device(sample.device) if sample.is_cuda else nullcontext():
+            return self._encode(sample, conv_cache or {})
+
+    def _encode(self, sample: Tensor, cache: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         kept: dict[str, Tensor] = {}
         hidden = self._enter(sample, cache, kept)
         for block in self.down_blocks:
