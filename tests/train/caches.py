@@ -113,7 +113,7 @@ def build_cache(
     """Write a cache.
 
     Args:
-        clips: bucket → how many clips; one bucket's stand behind another's, dealt out over the shards.
+        clips: bucket → how many clips.
         vae_name: of the model in the identity of `latents`.
         replace: (key, feature) → what to store in place of the made one.
         leave_out_shards: of the last feature, not committed: an unfinished cache.
@@ -156,10 +156,10 @@ def _make(feature: FeatureName, clip: PlannedClip) -> Encoded:
 
 
 def _write_plan(storage: LocalStorage, clips: Mapping[str, int], shard_size: int) -> None:
-    keys = [(f"{bucket}-{i:03d}", bucket) for bucket, count in clips.items() for i in range(count)]
+    # buckets in turn, so that every shard has clips of each
+    keys = [(f"{bucket}-{i:03d}", bucket) for i in range(max(clips.values())) for bucket in clips if i < clips[bucket]]
     num_shards = -(-len(keys) // shard_size)
-    rows = [(shard, row, *keys[row * num_shards + shard]) for shard in range(num_shards) for row in range(shard_size)
-            if row * num_shards + shard < len(keys)]  # fmt: skip
+    rows = [(i // shard_size, i % shard_size, key, bucket) for i, (key, bucket) in enumerate(keys)]
     columns = {
         "key": [key for _, _, key, _ in rows],
         "shard": [shard for shard, _, _, _ in rows],

@@ -1,10 +1,13 @@
-"""A checkpoint of random weights, trained on nothing, whose record says that toy models made its cache."""
+"""A checkpoint of random weights, trained on nothing, whose record says that toy models made its cache; and the
+program run on it in this process.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 from mimir_precompute.config import (
     AnswersSettings,
@@ -17,9 +20,11 @@ from mimir_precompute.config import (
     VaeSettings,
 )
 from mimir_precompute.identity import feature_identity, resolve_models
+from mimir_shared.command_line import make_app
 from mimir_shared.features import FEATURES
 from mimir_shared.fingerprint import fingerprint
 from mimir_train.checkpoint import CheckpointInfo, TrainingState, save_checkpoint
+from mimir_train.cli_sample import add_commands
 from mimir_train.fuser_folder import fuser_document
 from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig, FuserName
 from mimir_train.model.dit import DiT
@@ -129,3 +134,23 @@ def write_checkpoint(
 
     state = TrainingState(step=step, order={}, config_sha256="0" * 64)
     return save_checkpoint(run, model, {"nothing": torch.zeros(1)}, state, describe)
+
+
+def command(*arguments: str | Path) -> None:
+    """Run `mimir-train` with the commands of sampling; what it raises comes through."""
+    app = make_app("")
+    add_commands(app)
+    typer.main.get_command(app).main([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def sample(run: Path, models: Path, output_dir: Path, *arguments: str | Path) -> None:
+    """Two steps, on the CPU."""
+    options = ("--num-inference-steps", "2", "--device", "cpu")
+    command("sample", "--checkpoint", run, "--models", models, "--output-dir", output_dir, *options, *arguments)
+
+
+def flip_last_bit(path: Path) -> None:
+    """Damage a file by one bit."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)

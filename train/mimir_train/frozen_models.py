@@ -42,8 +42,8 @@ JsonValue = Any
 Identities = Mapping[FeatureName, Mapping[str, JsonValue]]
 """What made each feature that the model was trained on, as the cache's spec.json has it."""
 
-NOT_COMPARED: Mapping[FeatureName, tuple[str, ...]] = {"latents": ("geometry", "tensors")}
-"""Fields of an identity that may differ: other sizes than those of training may be sampled."""
+NOT_COMPARED: Mapping[FeatureName, tuple[str, ...]] = {"latents": ("engine", "engine_version", "geometry", "tensors")}
+"""Fields of an identity that may differ: latents are only decoded here, and at other sizes than those of training."""
 
 MODEL_NAMES = ("name", "subfolder", "commit")
 """What a model is called; its files' digests decide, so that a copy in a folder is the model of the hub."""
@@ -240,6 +240,7 @@ def _latents_settings(identity: Mapping[str, JsonValue], source: ModelSource) ->
     return VaeSettings(
         source=source,
         dtype=identity["dtype"],
+        engine="diffusers",  # which decodes; the other engine is an encoder
         stored=tuple(identity["stored"]),
         tiling=identity["tiling"],
         batch_size=identity["batch_size"],

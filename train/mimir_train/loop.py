@@ -29,7 +29,7 @@ from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import NoiseSchedule
 from mimir_train.optimizer import build_optimizer, optimizer_tensors, rate_factor, set_rates
 from mimir_train.order import TrainingOrder, check_batch_sizes
-from mimir_train.parallel import Parallel, start_parallel
+from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
 from mimir_train.run_folder import RunFolder, open_run
 from mimir_train.step_report import RankReport, StepReport, exchange, refuse_non_finite
@@ -194,7 +194,7 @@ def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[float,
     losses: list[Tensor] = []
     parts = list(batch.micro_batches(trainer.fitted.config.data.micro_batch_size))
     for part in parts:
-        with average_gradients(trainer.wrapped, now=part is parts[-1]):
+        with average_gradients(trainer.wrapped, now=part is parts[-1]), peer_faults():
             clip_loss = clip_losses(
                 trainer.wrapped, trainer.model.fuser_config, trainer.objective, part.to(trainer.parallel.device)
             )

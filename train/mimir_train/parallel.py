@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mimir_shared.errors import InputError, MachineError
 
 _TIMEOUT = timedelta(minutes=30)
+_BACKENDS = ("gloo", "nccl", "connection closed", "connection reset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,13 @@ class Parallel:
 
 @contextmanager
 def peer_faults() -> Iterator[None]:
-    """Turn a failed exchange into a MachineError."""
+    """Turn a failed exchange into a MachineError; other faults pass as they are."""
     try:
         yield
     except RuntimeError as fault:
+        # backward raises the backend's fault as a plain RuntimeError: its text alone tells
+        if not isinstance(fault, dist.DistError) and not any(name in str(fault).lower() for name in _BACKENDS):
+            raise
         raise MachineError(
             f"rank {os.environ.get('RANK', '0')}: another rank is gone or does not answer "
             f"({str(fault).splitlines()[0][:200]}); look at what the other ranks said, then run the same command again "

@@ -81,8 +81,8 @@ def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[], Se
     number = next(n for n, rank in enumerate(report.ranks) if not math.isfinite(rank.grad_norm))
     own_clips = [str(clip) for clip in clips[number * share : (number + 1) * share]]
     raise NonFiniteLossError(
-        f"step {step}: the norm of the gradient is {report.ranks[number].grad_norm} on rank {number}, though all losses "
-        f"are finite; its clips: {_some(own_clips)}; {advice}"
+        f"step {step}: the norm of the gradient is {report.ranks[number].grad_norm} on rank {number}, though losses "
+        f"are all finite; its clips: {_some(own_clips)}; {advice}"
     )
 
 

@@ -285,4 +285,5 @@ def frame_chunks(num_frames: int, frames_per_chunk: int) -> Iterator[slice]:
     """
     remainder = num_frames % frames_per_chunk
     for i in range(max(num_frames // frames_per_chunk, 1)):
-        yield slice(frames_per_chunk * i + (0 if i == 0 else remainder), frames_per_chunk * (i + 1) + remainder)
+        start = frames_per_chunk * i + (0 if i == 0 else remainder)
+        yield slice(start, min(frames_per_chunk * (i + 1) + remainder, num_frames))

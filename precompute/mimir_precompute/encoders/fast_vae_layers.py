@@ -112,7 +112,7 @@ class TorchKernels:
 
 def convolution(x: Tensor, conv: Convolution) -> Tensor:
     """(B, C, T, H, W) → (B, O, T', H', W'), bias included."""
-    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if x.device.type == "cpu" and torch._C._has_mkldnn:
         return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, (1, 1, 1), 1)
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
 

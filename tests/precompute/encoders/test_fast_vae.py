@@ -224,7 +224,7 @@ def test_a_quant_conv_is_applied(models: Path, tmp_path: Path) -> None:
 
 def test_another_activation_is_refused_with_the_way_out() -> None:
     vae = random_vae(**UNLIKE_THE_TOY, act_fn="gelu")
-    with pytest.raises(InputError, match="activation is 'gelu'.*--vae-engine diffusers"):
+    with pytest.raises(InputError, match=r"activation is 'gelu'.*--vae-engine diffusers"):
         build_fast_encoder(vae, torch.float32, CPU)
 
 
