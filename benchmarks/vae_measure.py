@@ -27,7 +27,7 @@ from mimir_precompute.rejection import ClipRejected
 from mimir_precompute.toy.models import load_toy_vae
 from mimir_precompute.vae_roofline import Device, LayerCost, floor_s, layer_costs
 
-NUMERICS_SIZES = {"toy": "49x64x96", "real": "9x64x96"}
+NUMERICS_SIZES = {"toy": "49x64x96", "real": "9x32x48"}
 
 
 @dataclass(frozen=True, kw_only=True)

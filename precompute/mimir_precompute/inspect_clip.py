@@ -123,7 +123,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "16"}
+            # without mbtree equal frames give equal bytes, however many threads x264 takes
+            stream.options = {"crf": "16", "x264-params": "mbtree=0"}
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode(None))

@@ -79,8 +79,8 @@ def sample(
 ) -> None:  # fmt: skip
     """Make videos from prompts; run it again and what is there and plays is not made again.
 
-    Writes `<prompt>-<number>.mp4`, a contact sheet, samples.jsonl and the settings. A prompt that no file name can
-    hold is cut there and gets 12 digits of its sha256; samples.jsonl has it whole.
+    Writes <prompt>-<number>.mp4, a contact sheet, samples.jsonl and the settings.
+    Where no file name can hold a prompt, it is cut and gets 12 digits of its sha256.
     """
     if (prompt is None) == (prompts is None):
         raise InputError("give prompts, either by --prompt (repeatable) or by --prompts FILE")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimir_precompute.encoders.fast_vae_layers import Convolution, Hidden, Normalization, convolution
+from mimir_precompute.encoders.fast_vae_layers import Convolution, Hidden, Normalization
 
 TILE_ELEMENTS = 4096
 """Of one block: 32 values a thread with four warps."""
@@ -178,8 +178,6 @@ class TritonKernels:
         return Hidden(value=projected.permute(0, 4, 1, 2, 3), pending_bias=conv.bias)
 
     def downsample(self, padded: Tensor, conv: Convolution) -> Hidden:
-        if padded.device.type != "cuda":
-            return Hidden(value=convolution(padded, conv).contiguous(memory_format=self.memory_format))
         batch, channels, frames, height, width = padded.shape
         # channels-last, a stack of frames is a batch of images: no copy either way
         images = padded.transpose(1, 2).reshape(batch * frames, channels, height, width)

@@ -30,6 +30,7 @@ from mimir_precompute.model_files import resolve_model
 from mimir_precompute.toy.models import load_toy_vae
 from mimir_shared.errors import InputError, MachineError
 from tests.conftest import REPOSITORY
+from tests.programs import run
 
 CPU = torch.device("cpu")
 # four levels, the third of which halves the size but not the time, and a width that changes where the size does not
@@ -220,6 +221,22 @@ def test_a_quant_conv_is_applied(models: Path, tmp_path: Path) -> None:
     pixels = random_pixels(9, 16, 16)
     want = with_quant.encode(scaled(pixels)).latent_dist.parameters
     assert relative_error(encoder.moments(pixels.numpy()), want) <= 1e-5
+
+
+def test_an_unknown_engine_is_refused_before_anything_is_read(toy_world: Path, tmp_path: Path) -> None:
+    options = ("--cache", tmp_path / "cache", "--models", toy_world / "models", "--preset", "tiny")
+    done = run("mimir-precompute", "encode", toy_world / "clips", *options, "--vae-engine", "quick")
+    assert done.code == 2
+    assert "--vae-engine 'quick': expected one of fast, diffusers" in done.err
+
+
+def test_the_engine_is_part_of_what_a_cache_was_made_with(toy_world: Path, tmp_path: Path) -> None:
+    options = ("--cache", tmp_path / "cache", "--models", toy_world / "models", "--features", "latents")
+    first = run("mimir-precompute", "encode", toy_world / "clips", *options, "--preset", "tiny", "--limit", 1)
+    assert first.code == 0, first.err
+    other = run("mimir-precompute", "encode", *options, "--vae-engine", "diffusers")
+    assert other.code == 4
+    assert "engine: 'fast' → 'diffusers'" in other.err
 
 
 def test_another_activation_is_refused_with_the_way_out() -> None:
