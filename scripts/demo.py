@@ -26,11 +26,17 @@ OWN_NAMES = (
 NUM_CLIPS = 24
 SHARD_SIZE = 4
 KILL_AFTER_SHARDS = 2
-TRAIN_STEPS = 500
-SAMPLED_CLIPS = (0, 2, 9, 11, 18, 20)
-"""Toy clips whose captions are sampled; one or two things each, so that an eye can judge them at this size."""
-NEW_PROMPTS = ("A red ring is moving to the right.", "A yellow star stays still on a black background.")
-"""Of the toy's words, but of no toy clip."""
+PLAN_SEED = 1120
+"""Puts TRAINED_CLIPS into the first shard, which is the one that is trained on."""
+TRAINED_CLIPS = (0, 2, 11, 18)
+"""Toy clips that show one kind of thing each, so that an eye can judge the samples; their captions are sampled."""
+NEW_PROMPTS = (
+    "A green ring stays still on a black background.",
+    "Two red stars do not move on a pale blue background.",
+)
+"""Of the trained captions' words, but of no toy clip."""
+GUIDANCE_SCALE = 1
+TRAIN_CONFIG = "scripts/demo_train.yaml"
 
 BIN = Path(sys.executable).parent
 
@@ -97,7 +103,7 @@ def plan_steps(folder: Path) -> list[Step]:
     root = shlex.quote(str(folder))
     models = f"--models {root}/toy/models"
     encode = f"mimir-precompute encode --cache {root}/cache {models} --max-quarantined 0.05"
-    geometry = f"--preset tiny --shard-size {SHARD_SIZE}"
+    geometry = f"--preset tiny --shard-size {SHARD_SIZE} --seed {PLAN_SEED}"
     return [
         Step(
             name="toy",
@@ -148,8 +154,8 @@ def plan_steps(folder: Path) -> list[Step]:
             name="train",
             title="Train from the cache",
             command=(
-                f"mimir-train run --cache {root}/cache --preset tiny --fuser mimir --output-dir {root}/run "
-                f"--max-train-steps {TRAIN_STEPS}"
+                f"mimir-train run --cache {root}/cache --preset tiny --fuser mimir --config {TRAIN_CONFIG} "
+                f"--output-dir {root}/run"
             ),
             shows="Transformer and token fuser learn from the cached tensors alone; no VAE, T5 or LLM is loaded.",
         ),
@@ -158,7 +164,7 @@ def plan_steps(folder: Path) -> list[Step]:
             title="Sample",
             command=(
                 f"mimir-train sample --checkpoint {root}/run {models} --prompts {root}/prompts.txt "
-                f"--output-dir {root}/samples"
+                f"--output-dir {root}/samples --guidance-scale {GUIDANCE_SCALE} --num-inference-steps 25"
             ),
             shows="From prompts to videos, with the models that made the cache; others would be refused.",
         ),
@@ -296,7 +302,7 @@ def damage_a_clip(clips: Path) -> None:
 def write_prompts(clips: Path, path: Path) -> None:
     """Captions of some clips, to be compared with them, and two that no clip has."""
     lines = (clips / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    captions = [json.loads(lines[index])["text"] for index in SAMPLED_CLIPS]
+    captions = [json.loads(lines[index])["text"] for index in TRAINED_CLIPS]
     path.write_text("\n".join((*captions, *NEW_PROMPTS)) + "\n", encoding="utf-8")
 
 

@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import yaml
 
 from mimir_precompute.clips import read_clip
 from mimir_precompute.config import Bucket, ModelSource
@@ -33,6 +34,8 @@ LARGE_CLIPS = 500_000
 
 Json = Any
 """What `json` reads; the library gives it no type."""
+Points = list[tuple[float, float]]
+"""(step, value)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,8 @@ class SampleCard:
 @dataclass(frozen=True, kw_only=True)
 class Training:
     steps: int
-    clips_seen: int
+    trained_clips: int
+    held_out_clips: int
     seconds: float
     first_loss: float
     last_loss: float
@@ -159,6 +163,7 @@ def build_page(folder: Path) -> str:
     plan, status = read_plan(storage), read_status(storage)
     pictures = CachePictures(storage, plan, folder / "toy" / "models")
     described = [describe_clip(storage, key) for key in sorted(plan.newest_rows())]
+    shards = [clip["shard"] for clip in described if not quarantined_rows(clip)]
     story = _read_story(folder / "story.json")
     values = {
         "plan": plan.settings,
@@ -169,7 +174,7 @@ def build_page(folder: Path) -> str:
         "large_clips": LARGE_CLIPS,
         "story": story,
         "timeline": timeline(story) if story and len(story["runs"]) == 2 else None,
-        "training": read_training(folder / "run" / "metrics.jsonl"),
+        "training": read_training(folder / "run", shards, plan.num_shards),
         "samples": sample_cards(folder / "samples", described, pictures),
     }
     return render_page(TEMPLATE, values)
@@ -285,13 +290,19 @@ def timeline(story: Mapping[str, Json]) -> Timeline:
     )
 
 
-def read_training(path: Path) -> Training | None:
-    """Loss and fuser figures of a run; None where there is none."""
-    if not path.is_file():
-        return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_training(run: Path, shards: Sequence[int], num_shards: int) -> Training | None:
+    """Loss and fuser figures of a run; None where there is none.
 
-    def points(name: str) -> list[tuple[float, float]]:
+    Args:
+        shards: of every clip that is good in all features.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        return None
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    held_out = sum(shard >= num_shards - config["data"]["validation_shards"] for shard in shards)
+
+    def points(name: str) -> Points:
         return [(line["step"], line[name]) for line in lines if name in line]
 
     losses = points("loss")
@@ -299,27 +310,31 @@ def read_training(path: Path) -> Training | None:
     early, late = means[min(LOSS_WINDOW, len(means)) - 1][1], means[-1][1]
     return Training(
         steps=len(lines),
-        clips_seen=round(sum(line["samples_per_s"] * line["step_s"] for line in lines)),
+        trained_clips=len(shards) - held_out,
+        held_out_clips=held_out,
         seconds=sum(line["step_s"] + line["data_wait_s"] for line in lines),
         first_loss=early,
         last_loss=late,
-        charts=(_loss_chart(losses, means), *_fuser_charts(points)),
+        charts=(_loss_chart(losses, means, points("validation/loss")), *_fuser_charts(points)),
     )
 
 
-def _loss_chart(losses: list[tuple[float, float]], means: list[tuple[float, float]]) -> tuple[str, str, LineChart]:
+def _loss_chart(losses: Points, means: Points, held_out: Points) -> tuple[str, str, LineChart]:
+    series = [
+        Series(label="each step", points=losses, colour=0, look="faint"),
+        Series(label=f"mean of {LOSS_WINDOW} steps", points=means, colour=0),
+    ]
+    if held_out:
+        series.append(Series(label="clips that are not trained on", points=held_out, colour=1, look="dots"))
     drawn = line_chart(
-        [
-            Series(label="each step", points=losses, colour=0, look="faint"),
-            Series(label=f"mean of {LOSS_WINDOW} steps", points=means, colour=0),
-        ],
+        series,
         description=f"Training loss, from {means[0][1]:.2f} at the first step to {means[-1][1]:.2f} at the last.",
         x_label="training step",
     )
     return "Loss", "Mean squared error of the predicted v; a model that knows nothing is near 1.", drawn
 
 
-def _fuser_charts(points: Any) -> list[tuple[str, str, LineChart]]:
+def _fuser_charts(points: Callable[[str], Points]) -> list[tuple[str, str, LineChart]]:
     """`points`: the values of one figure by its name."""
     groups = (
         (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from scripts import demo, demo_page
 
+from mimir_shared.plan_file import read_plan
+from mimir_shared.storage import LocalStorage
 from tests.programs import run
 
 CAPTION = '<script>alert("caption")</script> & "quotes"'
@@ -79,6 +82,7 @@ def write_training(folder: Path) -> None:
             line |= {"fuser/t5_share": 1.0, "fuser/decoder_share": 0.0, "fuser/encoder_residual_share": 0.0}
         lines.append(json.dumps(line) + "\n")
     (folder / "run" / "metrics.jsonl").write_text("".join(lines))
+    (folder / "run" / "config.yaml").write_text("data:\n  validation_shards: 1\n")
     (folder / "samples").mkdir()
     shutil.copy(folder / "toy" / "clips" / "000001.mp4", folder / "samples" / "one.mp4")
     entry = {"prompt": "A new <b>prompt</b>", "index": 0, "file": "one.mp4"}
@@ -224,6 +228,21 @@ def test_the_steps_are_the_path_that_the_readme_tells() -> None:
     by_name = {step.name: step for step in steps}
     assert by_name["kill"].command == by_name["resume"].command
     assert not any("https:" in step.command for step in steps)
+
+
+def test_the_first_shard_holds_the_clips_whose_captions_are_sampled(tmp_path: Path) -> None:
+    names = [*(f"{index:06d}.mp4" for index in range(demo.NUM_CLIPS)), "damaged.mp4"]
+    clips = tmp_path / "toy" / "clips"
+    clips.mkdir(parents=True)
+    for name in names:
+        (clips / name).touch()
+    lines = [json.dumps({"file_name": name, "text": "A clip."}) + "\n" for name in names]
+    (clips / "metadata.jsonl").write_text("".join(lines))
+    (plan,) = [step for step in demo.plan_steps(tmp_path) if step.name == "plan"]
+    done = run(*shlex.split(plan.command))
+    assert done.code == 0, done.err
+    first = read_plan(LocalStorage(tmp_path / "cache")).shard_clips(0)
+    assert sorted(clip.key for clip in first) == [f"{index:06d}.mp4" for index in demo.TRAINED_CLIPS]
 
 
 def test_encode_is_killed_once_shards_are_committed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ program run on it in this process.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,12 @@ def identities(models: Path, **t5: Any) -> dict[str, dict[str, Any]]:
     return made
 
 
-def random_model(fuser: FuserName, **fuser_fields: Any) -> TrainedModel:
+def random_model(fuser: FuserName, *, rotary: bool = True, **fuser_fields: Any) -> TrainedModel:
     """Weights without a zero, that keep the size of what goes in, so that every input counts for something."""
     torch.manual_seed(0)
     config = FuserConfig(switches=FUSERS[fuser], t5_rms=0.3, text_width=64, llm_width=64, **fuser_fields)
-    model = TrainedModel(DiT(TRANSFORMER), TokenFuser(config))
+    transformer = replace(TRANSFORMER, use_rotary_positional_embeddings=rotary)
+    model = TrainedModel(DiT(transformer), TokenFuser(config))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

@@ -88,7 +88,7 @@ def test_flags_override_set_and_set_overrides_the_file(tmp_path: Path) -> None:
         ("objective.text_dropout=2", "objective.text_dropout must be from 0 to 1, got 2.0"),
         ("optimizer.schedule=linear", "expected one of constant, cosine, got 'linear'"),
         ("run.report_to=tensorboard", "run.report_to: expected a list"),
-        ("model.transformer.attention_head_dim=24", "setting model.transformer: attention_head_dim must be a multiple"),
+        ("model.transformer.attention_head_dim=24", "setting model.transformer: num_attention_heads . attention_head"),
         ("optimizer=5", "setting optimizer: expected a section"),
         ("nothing", "--set nothing: expected section.name=value"),
         ("run.seed={", "--set run.seed={: the value is not YAML"),

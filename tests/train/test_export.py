@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import load_file
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_train.export import ExportRequest, export_checkpoint
 from mimir_train.fuser_folder import load_fuser
 from mimir_train.objective import shifted_zero_snr_alphas
-from tests.train.hand_made_checkpoint import identities, random_model, write_checkpoint
+from tests.train.hand_made_checkpoint import T5_ROWS, identities, random_model, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,32 @@ def test_diffusers_loads_the_transformer_with_no_key_missing_or_unexpected(check
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
     for name, value in random_model("mimir").dit.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_diffusers_takes_the_text_with_the_stabilizer_tokens_and_gives_our_output(
+    toy_world: Path, tmp_path: Path, rotary: bool
+) -> None:
+    model = random_model("mimir", rotary=rotary)
+    export(write_checkpoint(tmp_path / "run", identities(toy_world / "models"), model), tmp_path / "out")
+    loaded = CogVideoXTransformer3DModel.from_pretrained(
+        tmp_path / "out", subfolder="transformer", low_cpu_mem_usage=False
+    )
+    latents, text = torch.randn(1, 8, 3, 8, 12), torch.randn(1, T5_ROWS + 4, 64)
+    timesteps = torch.tensor([500])
+    tables = None
+    if rotary:
+        tables = get_3d_rotary_pos_embed(16, ((0, 0), (4, 6)), (4, 6), 3)
+    with torch.no_grad():
+        theirs = loaded(
+            hidden_states=latents.transpose(1, 2),
+            encoder_hidden_states=text,
+            timestep=timesteps,
+            image_rotary_emb=tables,
+            return_dict=False,
+        )[0]
+        ours = model.dit(latents, text, timesteps)
+    torch.testing.assert_close(theirs.transpose(1, 2), ours, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "scheduler"), [("dpm", CogVideoXDPMScheduler), ("ddim", CogVideoXDDIMScheduler)])

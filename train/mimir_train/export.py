@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,11 +52,18 @@ def export_checkpoint(request: ExportRequest, say: Callable[[str], None]) -> Ope
 def _write(request: ExportRequest, checkpoint: OpenCheckpoint, folder: Path) -> None:
     dtype = None if request.dtype == "stored" else getattr(torch, request.dtype)
     dit = checkpoint.load_transformer(dtype)
-    save_transformer(dit.config, dit.state_dict(), folder / TRANSFORMER)
+    config = replace(dit.config, max_text_seq_length=_text_tokens(checkpoint))
+    save_transformer(config, dit.state_dict(), folder / TRANSFORMER)
     fuser = checkpoint.load_fuser(dtype)
     save_fuser(fuser.config, fuser.state_dict(), folder / FUSER)
     build_scheduler(request.scheduler, checkpoint.info.objective.snr_shift_scale).save_pretrained(folder / "scheduler")
     (folder / "README.md").write_text(_model_card(request, checkpoint, _count(dit), _count(fuser)), encoding="utf-8")
+
+
+def _text_tokens(checkpoint: OpenCheckpoint) -> int:
+    """Condition tokens of a clip: with added positions, diffusers takes just as many as its config says."""
+    stabilizer_tokens = checkpoint.fuser.num_instructions if checkpoint.appends_stabilizer else 0
+    return checkpoint.info.text.t5_rows + stabilizer_tokens
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -84,8 +84,8 @@ class VaeKernels(Protocol):
 class TorchKernels:
     """Plain torch. On the CPU convolutions go to oneDNN at every size: torch itself takes small ones elsewhere.
 
-    torch 2.11-2.13 sends a float32 convolution of one clip with C*T*H <= 20480 to `slow_conv3d`, which was 4-14x
-    slower for the toy VAE and no faster for the real one (benchmarks/results/vae_encode.md).
+    torch 2.13 sends the convolution of one clip with C*T*H <= 20,480 to `slow_conv3d`, which took 4-13x as long at the
+    widths of the toy VAE and was never faster at those of the real one (benchmarks/results/vae_encode.md).
     """
 
     in_channel_multiple = 1
