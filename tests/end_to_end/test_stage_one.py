@@ -8,7 +8,6 @@ from typing import Any
 
 import av
 import numpy as np
-import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from PIL import Image, ImageOps
@@ -33,17 +32,6 @@ def _bf16_error(cached: FeatureTensor, oracle: torch.Tensor) -> float:
     assert cached.array.shape == values.shape
     spacing = np.maximum(np.abs(values), np.abs(values).max() * 1e-3) * 2.0**-8
     return float((np.abs(cached.to_float32() - values) / spacing).max()) if values.size else 0.0
-
-
-@pytest.fixture(scope="module")
-def real_cache(real_clips: Path, toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = tmp_path_factory.mktemp("real") / "cache"
-    done = run(
-        "mimir-precompute", "encode", real_clips, "--cache", cache, "--models", toy_world / "models",
-        "--preset", "tiny", "--shards", "all", "--max-quarantined", 0.2,
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    return cache
 
 
 def test_real_clips_obey_the_law_and_the_damaged_one_is_quarantined_with_a_true_reason(real_cache: Path) -> None:

@@ -199,12 +199,12 @@ class FrozenModels:
             )
             left_out = NOT_COMPARED.get(feature, ())
             old, new = _without_names(self._recorded[feature], left_out), _without_names(current, left_out)
-            problems += [f"{feature} {field}: {_short(a)} -> {_short(b)}" for field, a, b in differences(old, new)]
+            problems += [f"{feature} {field}: {_short(a)} → {_short(b)}" for field, a, b in differences(old, new)]
         if problems:
             shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
             folders = ", ".join(sorted({str(models.model.folder) for models in self._models.values()}))
             raise CacheError(
-                f"{folders}: not the models that the checkpoint was trained with: {shown} (recorded -> found); "
+                f"{folders}: not the models that the checkpoint was trained with: {shown} (recorded → found); "
                 f"give those that made its cache"
             )
 

@@ -72,7 +72,7 @@ class SampleFolder:
         if path.is_file():
             try:
                 existing = json.loads(path.read_text(encoding="utf-8"))
-                changed = [f"{field}: {old!r} -> {new!r}" for field, old, new in differences(existing, settings)]
+                changed = [f"{field}: {old!r} → {new!r}" for field, old, new in differences(existing, settings)]
             except (ValueError, AttributeError, TypeError) as fault:
                 raise InputError(f"{path}: not readable ({fault}); choose another --output-dir") from fault
             if changed:

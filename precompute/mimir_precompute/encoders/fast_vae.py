@@ -90,7 +90,8 @@ class FastVaeEncoder(nn.Module):
         ]
         self.middle = [read.resnet(f"mid_block.resnets.{k}") for k in range(2)]
         self.norm_out = read.norm("norm_out", eps=LAST_NORM_EPS)
-        self.conv_out = read.causal("conv_out")
+        # in float32, at some thousandths of the work: its bias is then added before the moments are rounded, not after
+        self.conv_out = read.causal("conv_out", dtype=torch.float32)
 
     @torch.inference_mode()
     def forward(
@@ -163,7 +164,7 @@ class FastVaeEncoder(nn.Module):
         padded = with_history(hidden.value.shape, hidden.value, self.kernels.memory_format)
         self.kernels.norm_silu(hidden, norm, padded[:, :, HISTORY:])
         kept[conv.name] = fill_history(padded, conv, cache)
-        return self.kernels.convolve(padded, conv)
+        return self.kernels.convolve(padded.to(conv.weight.dtype), conv)
 
     def _downsample(self, conv: Convolution, hidden: Hidden, *, compress_time: bool) -> Hidden:
         padded = pool_and_pad(
@@ -180,13 +181,14 @@ class _WeightReader:
     ) -> None:
         self.weights, self.kernels, self.dtype, self.groups, self.eps = weights, kernels, dtype, groups, eps
 
-    def causal(self, name: str, *, fill_channels: bool = False) -> Convolution:
+    def causal(self, name: str, *, fill_channels: bool = False, dtype: torch.dtype | None = None) -> Convolution:
         weight = self.weights[f"encoder.{name}.conv.weight"]
         assert weight.shape[2:] == (TIME_TAPS, 3, 3), f"{name}: kernel {tuple(weight.shape)}"
         if fill_channels:
             missing = -weight.shape[1] % self.kernels.in_channel_multiple
             weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing))
-        return self._convolution(name, weight, self.weights[f"encoder.{name}.conv.bias"], padding=(0, 1, 1))
+        bias = self.weights[f"encoder.{name}.conv.bias"]
+        return self._convolution(name, weight, bias, dtype=dtype, padding=(0, 1, 1))
 
     def downsampler(self, name: str) -> Convolution:
         weight = self.weights[f"encoder.{name}.conv.weight"][:, :, None]  # (O, C, 1, 3, 3)
@@ -212,9 +214,17 @@ class _WeightReader:
     def _shortcut(self, name: str) -> Convolution:
         return self._convolution(name, self.weights[f"encoder.{name}.weight"], self.weights[f"encoder.{name}.bias"])
 
-    def _convolution(self, name: str, weight: Tensor, bias: Tensor, **geometry: tuple[int, int, int]) -> Convolution:
-        laid_out = weight.detach().to(self.dtype).contiguous(memory_format=self.kernels.memory_format)
-        return Convolution(name=name, weight=laid_out, bias=bias.detach().to(self.dtype), **geometry)
+    def _convolution(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor,
+        dtype: torch.dtype | None = None,
+        **geometry: tuple[int, int, int],
+    ) -> Convolution:
+        dtype = dtype or self.dtype
+        laid_out = weight.detach().to(dtype).contiguous(memory_format=self.kernels.memory_format)
+        return Convolution(name=name, weight=laid_out, bias=bias.detach().to(dtype), **geometry)
 
 
 def kernels_for(device: torch.device) -> VaeKernels:
