@@ -100,7 +100,7 @@ def test_models_that_differ_from_those_of_training_are_refused_by_field(
     write_checkpoint(tmp_path / "run", recorded, random_model("mimir"))
     with pytest.raises(CacheError, match=said) as caught:
         sample(tmp_path / "run", copy, tmp_path / "out", "--prompt", CAT)
-    assert " -> " in str(caught.value)
+    assert " → " in str(caught.value)
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
 
@@ -110,7 +110,7 @@ def test_a_field_that_this_release_makes_otherwise_is_refused(
 ) -> None:
     older = {**recorded, "t5": {**recorded["t5"], "version": 0}}
     write_checkpoint(tmp_path / "run", older, random_model("baseline"))
-    with pytest.raises(CacheError, match=r"t5 version: 0 -> \d"):
+    with pytest.raises(CacheError, match=r"t5 version: 0 → \d"):
         sample(tmp_path / "run", models, tmp_path / "out", "--prompt", CAT)
 
 

@@ -147,7 +147,7 @@ def test_a_call_that_was_stopped_goes_on_from_the_latents_that_it_left(
 
 def test_a_folder_of_other_settings_is_refused_by_their_names(baseline_run: Path, models: Path, tmp_path: Path) -> None:
     sample(baseline_run, models, tmp_path / "a", "--prompt", CAT)
-    with pytest.raises(InputError, match=r"guidance_scale: 6\.0 -> 3\.0"):
+    with pytest.raises(InputError, match=r"guidance_scale: 6\.0 → 3\.0"):
         sample(baseline_run, models, tmp_path / "a", "--prompt", DOG, "--guidance-scale", "3")
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / f"{CAT}-0.mp4", tmp_path / "b")
