@@ -35,8 +35,9 @@ NEW_PROMPTS = (
     "Two red stars do not move on a pale blue background.",
 )
 """Of the trained captions' words, but of no toy clip."""
-GUIDANCE_SCALE = 1
 TRAIN_CONFIG = "scripts/demo_train.yaml"
+GUIDANCE_SCALE = 1
+"""None: TRAIN_CONFIG drops no text, so there is no unconditional prediction to be guided away from."""
 
 BIN = Path(sys.executable).parent
 

@@ -249,6 +249,32 @@ def inspect(
         echo(f"{video}: the latents, decoded")
 
 
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder of a cache.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder of another cache.", show_default=False)],
+    feature_a: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FINGERPRINT, where A has a feature more than once.", show_default=False),
+    ] = None,
+    feature_b: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FINGERPRINT, where B has a feature more than once.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how two caches differ: what made them, their clips, and how far their features are apart."""
+    from mimir_precompute.commands import parse_feature_choices
+    from mimir_precompute.diff import compare_caches
+    from mimir_precompute.messages import describe_difference
+    from mimir_shared.storage import open_storage
+
+    found = compare_caches(
+        open_storage(a), open_storage(b), parse_feature_choices(feature_a or []), parse_feature_choices(feature_b or [])
+    )
+    echo(json.dumps(found.to_json()) if as_json else describe_difference(found))
+
+
 def _plan_request(
     preset: str | None,
     bucket: list[str] | None,

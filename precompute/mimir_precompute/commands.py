@@ -259,16 +259,22 @@ def _has_folder(models: str | None, part: str) -> bool:
     return models is not None and (Path(models) / part).is_dir()
 
 
-def run_finalize(cache: str, wanted: Sequence[str]) -> Snapshot:
-    """Write a snapshot of the complete cache. Raises InputError where it is not complete."""
-    storage = open_storage(cache)
-    plan = read_plan(storage)
+def parse_feature_choices(wanted: Sequence[str]) -> dict[str, str]:
+    """Read "llm=1a2b3c…" options. Raises InputError."""
     choices: dict[str, str] = {}
     for text in wanted:
         name, _, fingerprint = text.partition("=")
         if name not in FEATURES or not fingerprint:
             raise InputError(f"--feature {text!r}: expected NAME=FINGERPRINT, for instance llm=1a2b3c4d5e6f")
         choices[name] = fingerprint
+    return choices
+
+
+def run_finalize(cache: str, wanted: Sequence[str]) -> Snapshot:
+    """Write a snapshot of the complete cache. Raises InputError where it is not complete."""
+    storage = open_storage(cache)
+    plan = read_plan(storage)
+    choices = parse_feature_choices(wanted)
     storage.check_writable()
     return write_snapshot(storage, plan, select_features(storage, choices))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mimir_precompute.diff import CacheDifference
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
 from mimir_precompute.status import CacheStatus
@@ -111,3 +112,35 @@ def _describe_document(document: dict[str, Any]) -> list[str]:
         lines.append(f"answer {variant}: {answers['answer']['text']!r}")
         lines += [f"answer {variant}, {one['name']}: {one['text']!r}" for one in answers["instructions"]]
     return lines + [f"{name}: {value}" for name, value in document.items() if name not in ("variants", "bucket")]
+
+
+def describe_difference(found: CacheDifference) -> str:
+    """What `diff` found; A is the first cache."""
+    lines = ["both hold the same features of the same clips, bit for bit" if found.is_equal else "the caches differ"]
+    for name, keys in (("A", found.only_a), ("B", found.only_b)):
+        if keys:
+            lines.append(f"planned in {name} alone: {_some(keys)}")
+    if found.other_captions:
+        lines.append(f"planned with other captions: {found.other_captions} clips")
+    for feature, one in found.features.items():
+        if one.only is not None:
+            lines.append(f"{feature}: only in {one.only}")
+            continue
+        text = f", {one.other_text} with other text" if one.other_text else ""
+        lines.append(f"{feature}: {one.clips} clips in both{text}")
+        lines += [f"    {name}: {before!r} → {after!r}" for name, before, after in one.fields]
+        for name, keys in (("A", one.only_a), ("B", one.only_b)):
+            if keys:
+                lines.append(f"    ok in {name} alone: {_some(keys)}")
+        for name, tensor in one.tensors.items():
+            shape = f", {tensor.other_shape} of another shape" if tensor.other_shape else ""
+            lines.append(
+                f"    {name}: {tensor.equal} of {tensor.clips} equal in every bit{shape}; "
+                f"relative error rms {tensor.rms_error:.2e}, largest {tensor.max_error:.2e}"
+            )
+    return "\n".join(lines)
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return f"{', '.join(keys[:5])}{more}"
