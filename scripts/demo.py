@@ -103,6 +103,11 @@ def plan_steps(folder: Path) -> list[Step]:
     """Every command of the demo, in order."""
     root = shlex.quote(str(folder))
     models = f"--models {root}/toy/models"
+    return [*cache_steps(root, models), *training_steps(root, models)]
+
+
+def cache_steps(root: str, models: str) -> list[Step]:
+    """Stage one: from clips to a verified cache, with a kill in the middle."""
     encode = f"mimir-precompute encode --cache {root}/cache {models} --max-quarantined 0.05"
     geometry = f"--preset tiny --shard-size {SHARD_SIZE} --seed {PLAN_SEED}"
     return [
@@ -151,6 +156,12 @@ def plan_steps(folder: Path) -> list[Step]:
             ),
             shows="Without a kill: this cache must have the same snapshot, which is a digest of all that is in it.",
         ),
+    ]
+
+
+def training_steps(root: str, models: str) -> list[Step]:
+    """Stage two, and the page that tells of both."""
+    return [
         Step(
             name="train",
             title="Train from the cache",

@@ -85,7 +85,7 @@ class TorchKernels:
     """Plain torch. On the CPU convolutions go to oneDNN at every size: torch itself takes small ones elsewhere.
 
     torch 2.13 sends the convolution of one clip with C*T*H <= 20,480 to `slow_conv3d`, which took 4-13x as long at the
-    widths of the toy VAE and was never faster at those of the real one (benchmarks/results/vae_encode.md).
+    widths of the toy VAE and was never faster at those of the real one (BENCHMARKS.md).
     """
 
     in_channel_multiple = 1
