@@ -339,8 +339,9 @@ def _executable(step: Step) -> list[str]:
 
 
 def _environment() -> Mapping[str, str]:
+    # The toy's tensors are so small that threads wait for each other longer than they compute: one is fastest.
     # Nothing here needs the hub; offline, nothing can go there by mistake either.
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def say(text: str) -> None:

@@ -8,6 +8,16 @@ from tests.programs import run
 
 
 @pytest.fixture(scope="session")
+def toy_cache(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight toy clips in three shards."""
+    cache = tmp_path_factory.mktemp("toy-cache") / "cache"
+    arguments = ("--preset", "tiny", "--models", toy_world / "models", "--shard-size", 3)
+    done = run("mimir-precompute", "encode", toy_world / "clips", "--cache", cache, *arguments)
+    assert done.code == 0, done.err
+    return cache
+
+
+@pytest.fixture(scope="session")
 def real_cache(real_clips: Path, toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real clips, one of them damaged, encoded with the toy models."""
     cache = tmp_path_factory.mktemp("real") / "cache"

@@ -11,16 +11,10 @@ import torch
 import webdataset
 from safetensors.torch import load
 
-from tests.programs import run
 
-
-@pytest.fixture(scope="module")
-def cache(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain") / "cache"
-    arguments = ("--preset", "tiny", "--models", toy_world / "models", "--shard-size", 3)
-    done = run("mimir-precompute", "encode", toy_world / "clips", "--cache", folder, *arguments)
-    assert done.code == 0, done.err
-    return folder
+@pytest.fixture
+def cache(toy_cache: Path) -> Path:
+    return toy_cache
 
 
 def _only(folder: Path) -> Path:

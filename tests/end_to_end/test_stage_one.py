@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from PIL import Image, ImageOps
@@ -76,22 +77,38 @@ def _frames(path: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def test_cached_latents_are_those_of_diffusers(real_cache: Path, real_clips: Path, toy_world: Path) -> None:
-    vae = AutoencoderKLCogVideoX.from_pretrained(toy_world / "models" / "vae", torch_dtype=torch.float32)
-    for key in ("horse.mp4", "nasa.mp4", "h265_10bit.mp4", "rotated_90.mov"):
-        cached = read_clip_tensors(LocalStorage(real_cache), key, "latents")["vae_moments"]
-        pixels = torch.from_numpy(read_clip(real_clips / key, geometry=GEOMETRY).pixels)
+def _check_latents(cache: Path, clips: Path, models: Path, keys: tuple[str, ...]) -> None:
+    vae = AutoencoderKLCogVideoX.from_pretrained(models / "vae", torch_dtype=torch.float32)
+    for key in keys:
+        cached = read_clip_tensors(LocalStorage(cache), key, "latents")["vae_moments"]
+        pixels = torch.from_numpy(read_clip(clips / key, geometry=GEOMETRY).pixels)
         video = (pixels.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]  # (1, 3, F, H, W)
         with torch.no_grad():
             oracle = vae.encode(video).latent_dist.parameters[0]
         assert _bf16_error(cached, oracle) < 1.01, key
 
 
-def test_cached_t5_embeds_are_those_of_transformers(real_cache: Path, toy_world: Path) -> None:
+def test_cached_latents_of_toy_clips_are_those_of_diffusers(toy_cache: Path, toy_world: Path) -> None:
+    _check_latents(toy_cache, toy_world / "clips", toy_world / "models", ("000000.mp4", "000005.mp4"))
+
+
+def test_cached_latents_of_real_clips_are_those_of_diffusers(
+    real_cache: Path, real_clips: Path, toy_world: Path
+) -> None:
+    keys = ("horse.mp4", "nasa.mp4", "h265_10bit.mp4", "rotated_90.mov")
+    _check_latents(real_cache, real_clips, toy_world / "models", keys)
+
+
+@pytest.mark.parametrize(
+    ("which", "keys"), [("toy_cache", ("000001.mp4",)), ("real_cache", ("horse.mp4", "corrupted.mp4"))]
+)
+def test_cached_t5_embeds_are_those_of_transformers(
+    request: pytest.FixtureRequest, toy_world: Path, which: str, keys: tuple[str, ...]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy_world / "models" / "tokenizer")
     encoder = T5EncoderModel.from_pretrained(toy_world / "models" / "text_encoder", dtype=torch.float32).eval()
-    storage = LocalStorage(real_cache)
-    for key in ("horse.mp4", "corrupted.mp4"):
+    storage = LocalStorage(request.getfixturevalue(which))
+    for key in keys:
         caption = find_clip(read_plan(storage), key).caption
         ids = tokenizer([caption], padding="max_length", max_length=64, truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
@@ -106,19 +123,22 @@ def _states_of(model: Any, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
 
 
+@pytest.mark.parametrize(
+    ("which", "keys"), [("toy_cache", ("000001.mp4",)), ("real_cache", ("train.mp4", "cog_4.mp4"))]
+)
 def test_cached_hidden_states_are_those_of_transformers_over_prompt_and_answer(
-    real_cache: Path, toy_world: Path
+    request: pytest.FixtureRequest, toy_world: Path, which: str, keys: tuple[str, ...]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy_world / "models" / "llm")
     model = AutoModelForCausalLM.from_pretrained(toy_world / "models" / "llm", dtype=torch.float32).eval()
-    storage = LocalStorage(real_cache)
+    storage = LocalStorage(request.getfixturevalue(which))
     plan = read_plan(storage)
 
     def prompt_of(content: str) -> list[int]:
         turn = [{"role": "user", "content": content}]
         return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
 
-    for key in ("train.mp4", "cog_4.mp4"):
+    for key in keys:
         caption = find_clip(plan, key).caption
         facts = describe_clip(storage, key)["features"]
         document = next(value["document"] for name, value in facts.items() if name.startswith("answers"))
