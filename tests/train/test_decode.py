@@ -68,7 +68,7 @@ def test_decoding_again_makes_only_what_is_missing_or_older_than_its_latents(
 def test_another_vae_is_refused_for_decoding(validated_run: Path, models: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(models / "vae", tmp_path / "vae")
     flip_last_bit(copy / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(CacheError, match=r"latents model.sha256.* -> ") as caught:
+    with pytest.raises(CacheError, match=r"latents model.sha256.* → ") as caught:
         command("decode", validated_run, "--vae", copy)
     assert caught.value.exit_code == 4
     assert not list(validated_run.rglob("*.mp4"))
