@@ -1,6 +1,6 @@
 """Named settings of stage one: the geometry of the plan and the models of the encoders."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mimir_precompute.config import Bucket, ComputeDType, Geometry
@@ -23,8 +23,16 @@ class Preset:
     max_instruction_tokens: int
 
 
-_COGVIDEOX_GEOMETRY = Geometry(buckets=(Bucket(frames=49, height=480, width=720),), fps=8.0)
-_PHI = "microsoft/Phi-3.5-mini-instruct"
+_COGVIDEOX_2B = Preset(
+    geometry=Geometry(buckets=(Bucket(frames=49, height=480, width=720),), fps=8.0),
+    dtype="bfloat16",
+    models="THUDM/CogVideoX-2b",
+    llm="microsoft/Phi-3.5-mini-instruct",
+    t5_max_length=226,
+    max_caption_tokens=226,
+    max_answer_tokens=128,
+    max_instruction_tokens=64,
+)
 
 PRESETS: dict[PresetName, Preset] = {
     "tiny": Preset(
@@ -39,26 +47,8 @@ PRESETS: dict[PresetName, Preset] = {
         max_answer_tokens=24,
         max_instruction_tokens=12,
     ),
-    "cogvideox-2b": Preset(
-        geometry=_COGVIDEOX_GEOMETRY,
-        dtype="bfloat16",
-        models="THUDM/CogVideoX-2b",
-        llm=_PHI,
-        t5_max_length=226,
-        max_caption_tokens=226,
-        max_answer_tokens=128,
-        max_instruction_tokens=64,
-    ),
-    "cogvideox-5b": Preset(
-        geometry=_COGVIDEOX_GEOMETRY,
-        dtype="bfloat16",
-        models="THUDM/CogVideoX-5b",
-        llm=_PHI,
-        t5_max_length=226,
-        max_caption_tokens=226,
-        max_answer_tokens=128,
-        max_instruction_tokens=64,
-    ),
+    "cogvideox-2b": _COGVIDEOX_2B,
+    "cogvideox-5b": replace(_COGVIDEOX_2B, models="THUDM/CogVideoX-5b"),
 }
 
 
