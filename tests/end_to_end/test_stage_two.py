@@ -76,3 +76,20 @@ def test_order_says_which_clips_each_rank_sees(trained: Path, real_cache: Path) 
     assert [step["step"] for step in steps] == [0, 1, 2]
     halves = [json.loads(line)["ranks"] for line in two.out.splitlines()]
     assert [rank0 + rank1 for rank0, rank1 in halves] == [step["ranks"][0] for step in steps]
+
+
+def test_validation_samples_held_out_captions_and_decode_makes_videos_of_them(
+    toy_cache: Path, toy_world: Path, tmp_path: Path
+) -> None:
+    done = run(
+        "mimir-train", "run", "--cache", toy_cache, "--preset", "tiny", "--output-dir", tmp_path / "run",
+        "--global-batch-size", 2, "--max-train-steps", 4, "--validation-shards", 1, "--validation-steps", 2,
+        "--set", "run.validation_samples=2", "--report-to", "none",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    decoded = run("mimir-train", "decode", tmp_path / "run", "--models", toy_world / "models")
+    assert decoded.code == 0, decoded.err
+    videos = sorted((tmp_path / "run" / "validation").rglob("*.mp4"))
+    assert [video.parent.name for video in videos] == ["step-00000002"] * 2 + ["step-00000004"] * 2
+    with av.open(str(videos[0])) as container:
+        assert len(list(container.decode(video=0))) == 9

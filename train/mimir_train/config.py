@@ -150,6 +150,8 @@ class RunConfig:
     """Steps between validation losses; of no effect without validation shards."""
     validation_clips: int = 64
     """Clips of the held-out shards that a validation loss is taken over, at most."""
+    validation_samples: int = 0
+    """Captions of held-out clips that are sampled at each validation, for `mimir-train decode`; 0: none."""
     fuser_figures_steps: int = 20
     """Steps between measurements of the fuser's branches."""
     report_to: tuple[Reporter, ...] = ("tensorboard",)
@@ -165,6 +167,7 @@ class RunConfig:
         _require(stop is None or stop >= 1, "--stop-at-step", "at least 1", stop)
         for name in ("checkpointing_steps", "validation_steps", "validation_clips", "fuser_figures_steps"):
             _require(getattr(self, name) >= 1, f"run.{name}", "at least 1", getattr(self, name))
+        _require(self.validation_samples >= 0, "run.validation_samples", "at least 0", self.validation_samples)
         limit = self.checkpoints_total_limit
         _require(limit is None or limit >= 1, "--checkpoints-total-limit", "at least 1", limit)
         _require(len(set(self.report_to)) == len(self.report_to), "--report-to", "each once", self.report_to)

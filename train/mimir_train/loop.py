@@ -36,6 +36,7 @@ from mimir_train.step_report import RankReport, StepReport, exchange, refuse_non
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
 from mimir_train.transformer_folder import load_transformer
 from mimir_train.validation import ValidationSet, find_validation_set, validate
+from mimir_train.validation_samples import write_validation_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                     figures |= fuser_figures(trainer, batch)
                 if trainer.validation is not None and is_due(steps_done, config.run.validation_steps, last_step):
                     figures |= validate(trainer.validation, trainer.model, trainer.objective, parallel, batch.step)
+                    sample_validation(trainer, trainer.validation, run, steps_done)
                 for sink in sinks:
                     sink.add(figures)
 
@@ -242,6 +244,13 @@ def fuser_figures(trainer: Trainer, batch: TrainingBatch) -> dict[str, float]:
         return {}
     text = batch.to(trainer.parallel.device).text
     return {f"fuser/{name}": value for name, value in trainer.model.fuser.figures(text.t5_embeds, text.llm).items()}
+
+
+def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolder, steps_done: int) -> None:
+    """Write latents for `mimir-train decode`, where that is asked for; the first rank does it for all."""
+    limit = trainer.fitted.config.run.validation_samples
+    if limit and trainer.parallel.is_first:
+        write_validation_samples(run.path, validation, trainer.model, trainer.objective, steps_done, limit)
 
 
 def save(trainer: Trainer, run: RunFolder, steps_done: int) -> Path | None:
