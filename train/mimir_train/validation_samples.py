@@ -1,6 +1,6 @@
 """Latents sampled while training from the cached text of held-out clips: `mimir-train decode` makes them videos.
 
-No encoder and no scheduler of another library: the text lies in the cache, and a deterministic DDIM step is three lines.
+No encoder and no scheduler of another library: the text lies in the cache, and a deterministic DDIM step is short.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class DdimStepper:
 def write_validation_samples(
     run: Path, validation: ValidationSet, model: TrainedModel, objective: Objective, steps_done: int, limit: int
 ) -> None:
-    """Sample the captions of the first `limit` held-out clips, always from the same noise, into RUN/validation/step-…"""
+    """Sample the captions of the first `limit` held-out clips, from the same noise each time; in RUN/validation."""
     numbers = [number for group in validation.groups for _, number in group][:limit]
     guidance = Guidance(name="fixed", scale=1.0)
     device = next(model.dit.parameters()).device
