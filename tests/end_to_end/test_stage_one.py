@@ -163,13 +163,13 @@ def test_cached_hidden_states_are_those_of_transformers_over_prompt_and_answer(
 
 
 def test_encode_that_is_killed_and_run_again_gives_the_same_bytes(toy_world: Path, tmp_path: Path) -> None:
-    arguments = ("encode", toy_world / "clips", "--preset", "tiny", "--models", toy_world / "models", "--shard-size", 2)
+    arguments = ("encode", toy_world / "clips", "--preset", "tiny", "--models", toy_world / "models", "--shard-size", 1)
     assert run("mimir-precompute", *arguments, "--cache", tmp_path / "whole").code == 0
     killed = tmp_path / "killed"
     choose = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = start("mimir-precompute", *arguments, "--cache", killed)
-        _wait_for_more_records(process, killed, choose.uniform(0, 0.4))
+        _wait_for_more_records(process, killed, choose.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     unfinished = run("mimir-precompute", "status", killed, "--json")
@@ -202,5 +202,5 @@ def _wait_for_more_records(process: Any, cache: Path, then_s: float) -> None:
     while len(list(cache.glob("*/*/manifests/*"))) == before:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.005)
     time.sleep(then_s)
