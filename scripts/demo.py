@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mimir_shared.features import FEATURES
+
 MARKER = ".mimir-demo"
 STORY_NAME = "story.json"
 OWN_NAMES = (
@@ -321,8 +323,9 @@ def write_prompts(clips: Path, path: Path) -> None:
 def find_commits(cache: Path) -> list[Commit]:
     """Every commit record, oldest first."""
     commits = [
-        Commit(feature=path.parts[-4], shard=int(path.name.partition(".")[0]), at_s=path.stat().st_mtime)
-        for path in cache.glob("*/*/manifests/*.parquet")
+        Commit(feature=feature, shard=int(path.name.partition(".")[0]), at_s=path.stat().st_mtime)
+        for feature in FEATURES  # not every folder: that of temporary files comes and goes
+        for path in (cache / feature).glob("*/manifests/*.parquet")
     ]
     return sorted(commits, key=lambda commit: commit.at_s)
 
