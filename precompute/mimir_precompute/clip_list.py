@@ -190,10 +190,7 @@ def _add_row(
     assert isinstance(source, str), where
     assert isinstance(caption, str), where
     key_column = next((name for name in _KEY_COLUMNS if row.get(name) not in (None, "")), None)
-    trim = (
-        "" if start_s is None and end_s is None else f"#{start_s or 0:g}-{'' if end_s is None else format(end_s, 'g')}"
-    )
-    clips.keys.append(f"{source}{trim}" if key_column is None else str(row[key_column]))
+    clips.keys.append(source + _trim_name(start_s, end_s) if key_column is None else str(row[key_column]))
     clips.sources.append(source)
     clips.captions.append(caption)
     clips.source_bytes.append(_file_bytes(os.path.join(clips.root, source)))

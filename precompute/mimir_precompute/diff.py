@@ -9,7 +9,6 @@ import numpy as np
 from mimir_shared.feature_folder import FeatureFolder, select_features
 from mimir_shared.features import FEATURES, FeatureTensor
 from mimir_shared.fingerprint import differences
-from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.plan_file import read_plan
 from mimir_shared.storage import LocalStorage
 
@@ -169,6 +168,4 @@ def _samples(folder: FeatureFolder, places: list[_Place]) -> Iterator[tuple[dict
     for place in places:
         if record is None or (record.metadata.shard, record.metadata.generation) != (place.shard, place.generation):
             record = folder.read_record(place.shard, place.generation)
-        with folder.open_data(record) as file:
-            sample = record.samples[place.row]
-            yield read_document(file, sample, str(file.name)), read_tensors(file, sample, str(file.name))
+        yield folder.read_sample(record, record.samples[place.row])

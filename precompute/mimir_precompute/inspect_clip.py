@@ -11,7 +11,6 @@ import numpy as np
 from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FeatureTensor
-from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.manifest import SampleRecord
 from mimir_shared.plan_file import Plan, PlannedClip, read_plan
 from mimir_shared.storage import LocalStorage
@@ -64,9 +63,7 @@ def _describe_feature(folder: FeatureFolder, clip: PlannedClip) -> dict[str, Any
     described: dict[str, Any] = {"status": sample.status, "generation": generation, "bucket": sample.bucket}
     if sample.stored is None:
         return {**described, "stage": sample.stage, "reason": sample.reason, "detail": sample.detail}
-    with folder.open_data(record) as file:
-        document = read_document(file, sample, str(file.name))
-        tensors = read_tensors(file, sample, str(file.name))
+    document, tensors = folder.read_sample(record, sample)
     described["file"] = f"{folder.directory}/{record.metadata.files[0].path}"
     described["tensors"] = [
         {**_describe_tensor(tensors[place.name]), "name": place.name, "offset": place.offset, "nbytes": place.nbytes}
@@ -99,8 +96,7 @@ def read_clip_tensors(storage: LocalStorage, key: str, feature: str) -> Mapping[
                         f"{clip.key!r} has no {feature}: quarantined at {sample.stage}: {sample.reason} "
                         f"({sample.detail})"
                     )
-                with folder.open_data(record) as file:
-                    return read_tensors(file, sample, str(file.name))
+                return folder.read_sample(record, sample)[1]
     raise InputError(f"{clip.key!r} has no {feature} in {storage.root} yet")
 
 

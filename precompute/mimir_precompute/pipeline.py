@@ -217,7 +217,9 @@ def encode_batch(
                 writer.add(row.clip, next(encoded), specs, bucket=row.bucket, source_xxh3=row.source_xxh3)
                 outcome.encoded += 1
             case Copied():
-                writer.add_copy(row.clip, row.original, row.encoded, spec.tensor_specs(row.original.bucket or ""))
+                bucket, source_xxh3 = row.original.bucket, row.original.source_xxh3
+                specs = spec.tensor_specs(bucket or "")
+                writer.add(row.clip, row.encoded, specs, bucket=bucket, source_xxh3=source_xxh3)
                 outcome.copied += 1
             case Rejected():
                 writer.add_quarantined(row.clip, row.rejection, bucket=row.bucket, source_xxh3=row.source_xxh3)

@@ -16,7 +16,6 @@ from mimir_precompute.shard_writer import caption_hash
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FeatureName
-from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.manifest import CommitRecord, SampleRecord
 from mimir_shared.plan_file import Plan, PlannedClip
 
@@ -130,8 +129,7 @@ class ClipPreparer:
             if sample.status != "ok":
                 reason: RejectionReason = sample.reason  # type: ignore[assignment]  # our own record
                 raise ClipRejected("answers", reason, sample.detail or "")
-            with self._answers.open_data(record) as file:
-                answers = read_document(file, sample, str(file.name))
+            answers, _ = self._answers.read_sample(record, sample)
         item = EncoderInput(key=clip.key, caption=clip.caption, answers=answers)
         return Ready(clip=clip, item=item, bucket=None, source_xxh3=None)
 
@@ -156,9 +154,7 @@ class ClipPreparer:
         return None
 
     def _read_encoded(self, record: CommitRecord, sample: SampleRecord) -> Encoded:
-        with self._folder.open_data(record) as file:
-            document = read_document(file, sample, str(file.name))
-            tensors = read_tensors(file, sample, str(file.name))
+        document, tensors = self._folder.read_sample(record, sample)
         valid_rows = document.pop("valid_rows", {})
         for name in ("key", "caption", "bucket"):
             document.pop(name, None)

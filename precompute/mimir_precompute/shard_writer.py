@@ -95,10 +95,6 @@ class ShardWriter:
             )
         )
 
-    def add_copy(self, clip: PlannedClip, original: SampleRecord, copied: Encoded, specs: Sequence[TensorSpec]) -> None:
-        """Append a sample that was encoded before from the same input."""
-        self.add(clip, copied, specs, bucket=original.bucket, source_xxh3=original.source_xxh3)
-
     def add_quarantined(
         self, clip: PlannedClip, rejection: ClipRejected, *, bucket: str | None = None, source_xxh3: int | None = None
     ) -> None:

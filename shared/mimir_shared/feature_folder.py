@@ -9,10 +9,18 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimir_shared.errors import CacheError, InputError
-from mimir_shared.features import FEATURES, FeatureName, TensorSpec
+from mimir_shared.features import FEATURES, FeatureName, FeatureTensor, TensorSpec
 from mimir_shared.fingerprint import fingerprint as fingerprint_of
+from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.layout import feature_directory, parse_record_name, record_name, spec_name
-from mimir_shared.manifest import CacheFormat, CommitRecord, RecordMetadata, read_record, read_record_metadata
+from mimir_shared.manifest import (
+    CacheFormat,
+    CommitRecord,
+    RecordMetadata,
+    SampleRecord,
+    read_record,
+    read_record_metadata,
+)
 from mimir_shared.storage import LocalStorage
 
 SPEC_VERSION: Final = 1
@@ -112,6 +120,14 @@ class FeatureFolder:
             ) from fault
         with file:
             yield file
+
+    def read_sample(
+        self, record: CommitRecord, sample: SampleRecord
+    ) -> tuple[dict[str, Any], dict[str, FeatureTensor]]:
+        """The `.json` and the tensors of one sample that is ok, checked against their hashes. Raises CacheError."""
+        with self.open_data(record) as file:
+            where = str(file.name)
+            return read_document(file, sample, where), read_tensors(file, sample, where)
 
     def _read(self, name: str) -> bytes:
         try:

@@ -49,7 +49,7 @@ def test_help_answers_in_half_a_second_of_cpu_time_without_torch(arguments: list
     assert min(seconds) < 0.5, seconds
 
 
-def _errors_with(capfd: pytest.CaptureFixture[str], code: int, *parts: str, arguments: tuple[object, ...]) -> None:
+def check_error(capfd: pytest.CaptureFixture[str], code: int, *parts: str, arguments: tuple[object, ...]) -> None:
     got, _, err = call(capfd, *arguments)
     assert got == code, err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -82,7 +82,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
         (("not finished", "no feature yet"), ("finalize", cache)),
     ]
     for parts, arguments in cases:
-        _errors_with(capfd, 2, *parts, arguments=arguments)
+        check_error(capfd, 2, *parts, arguments=arguments)
 
 
 def test_unknown_options_and_values_of_a_wrong_type_end_with_code_2(
@@ -104,23 +104,23 @@ def test_a_model_folder_without_weights_is_named(
 ) -> None:
     (tmp_path / "models" / "vae").mkdir(parents=True)
     arguments = ("encode", toy_clips, "--cache", tmp_path / "c", "--preset", "tiny", "--models", tmp_path / "models")
-    _errors_with(capfd, 2, "models/vae", "config.json", arguments=(*arguments, "--features", "latents"))
+    check_error(capfd, 2, "models/vae", "config.json", arguments=(*arguments, "--features", "latents"))
     (tmp_path / "models" / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLCogVideoX"}')
-    _errors_with(capfd, 2, "models/vae", "safetensors", arguments=(*arguments, "--features", "latents"))
+    check_error(capfd, 2, "models/vae", "safetensors", arguments=(*arguments, "--features", "latents"))
 
 
 def test_other_settings_than_the_plan_has_end_with_code_4(
     capfd: pytest.CaptureFixture[str], toy_clips: Path, tmp_path: Path
 ) -> None:
     assert call(capfd, "plan", toy_clips, "--cache", tmp_path, "--preset", "tiny")[0] == 0
-    _errors_with(
+    check_error(
         capfd,
         4,
         "9x64x96",
         "49x480x720",
         arguments=("plan", toy_clips, "--cache", tmp_path, "--preset", "cogvideox-5b"),
     )
-    _errors_with(capfd, 4, "tiny", arguments=("encode", "--cache", tmp_path, "--preset", "cogvideox-5b"))
+    check_error(capfd, 4, "tiny", arguments=("encode", "--cache", tmp_path, "--preset", "cogvideox-5b"))
 
 
 def test_plan_reports_in_words_and_as_json(capfd: pytest.CaptureFixture[str], toy_clips: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_damaged_plan_ends_with_code_4(capfd: pytest.CaptureFixture[str], toy_
     data = bytearray(plan.read_bytes())
     data[len(data) // 2] ^= 1
     plan.write_bytes(bytes(data))
-    _errors_with(capfd, 4, "0000.parquet", "damaged", arguments=("status", tmp_path))
+    check_error(capfd, 4, "0000.parquet", "damaged", arguments=("status", tmp_path))
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_any_model_loads(
@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_written_is_told_before_any_model_loads(
 ) -> None:
     (tmp_path / "file").write_text("")
     arguments = ("encode", toy_clips, "--cache", tmp_path / "file", "--preset", "tiny", "--models", tmp_path)
-    _errors_with(capfd, 2, "cannot be written", arguments=arguments)
+    check_error(capfd, 2, "cannot be written", arguments=arguments)
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,12 @@ class WebDatasetWriter:
 
     def add(self, row: int, document: Mapping[str, Any], tensors: Mapping[str, FeatureTensor]) -> StoredSample:
         """Append one sample. Rows must come in rising order."""
-        return self.add_bytes(row, document_bytes(document), tensors_to_safetensors(tensors) if tensors else None)
-
-    def add_bytes(self, row: int, document: bytes, safetensors: bytes | None) -> StoredSample:
-        """Append one sample that is serialised already, for instance copied from another shard."""
         assert row > self._last_row, f"row {row} after row {self._last_row}"
         self._last_row = row
+        document_text = document_bytes(document)
+        safetensors = tensors_to_safetensors(tensors) if tensors else None
         stem = sample_stem(self._shard, row)
-        json_offset = self._add_member(f"{stem}.json", document)
+        json_offset = self._add_member(f"{stem}.json", document_text)
         places: list[TensorPlace] = []
         tensor_hash = None
         if safetensors is not None:
@@ -65,8 +63,8 @@ class WebDatasetWriter:
             tensor_hash = xxhash.xxh3_64_intdigest(safetensors[places[0].offset - base :])
         return StoredSample(
             json_offset=json_offset,
-            json_nbytes=len(document),
-            json_xxh3=xxhash.xxh3_64_intdigest(document),
+            json_nbytes=len(document_text),
+            json_xxh3=xxhash.xxh3_64_intdigest(document_text),
             tensors=tuple(places),
             xxh3=tensor_hash,
         )
@@ -109,18 +107,14 @@ def _stored(sample: SampleRecord, where: str) -> StoredSample:
 
 def read_document(file: BinaryIO, sample: SampleRecord, where: str) -> dict[str, Any]:
     """The `.json` of a sample, checked against its hash. Raises CacheError."""
-    document = json.loads(read_document_bytes(file, sample, where))
-    assert isinstance(document, dict), f"{where}: the document of {sample.key!r} is no object"
-    return document
-
-
-def read_document_bytes(file: BinaryIO, sample: SampleRecord, where: str) -> bytes:
     stored = _stored(sample, where)
     file.seek(stored.json_offset)
     data = file.read(stored.json_nbytes)
     if len(data) != stored.json_nbytes or xxhash.xxh3_64_intdigest(data) != stored.json_xxh3:
         raise CacheError(_damaged(where, sample, "text"))
-    return data
+    document = json.loads(data)
+    assert isinstance(document, dict), f"{where}: the document of {sample.key!r} is no object"
+    return document
 
 
 def read_tensors(file: BinaryIO, sample: SampleRecord, where: str) -> dict[str, FeatureTensor]:
@@ -135,12 +129,6 @@ def read_tensors(file: BinaryIO, sample: SampleRecord, where: str) -> dict[str, 
     if len(data) != end - begin or xxhash.xxh3_64_intdigest(data) != stored.xxh3:
         raise CacheError(_damaged(where, sample, "tensors"))
     return {place.name: tensor_at(data, place, base=begin, where=where) for place in stored.tensors}
-
-
-def read_safetensors_bytes(file: BinaryIO, sample: SampleRecord, where: str) -> bytes | None:
-    """The `.safetensors` member as it stands, checked, for a byte-for-byte copy. Raises CacheError."""
-    tensors = read_tensors(file, sample, where)
-    return tensors_to_safetensors(tensors) if tensors else None
 
 
 def _damaged(where: str, sample: SampleRecord, what: str) -> str:
