@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mimir_precompute import cli
-from mimir_precompute.commands import parse_features, parse_shards
+from mimir_precompute.option_values import parse_features, parse_shards
 from mimir_shared.errors import InputError
 from tests.programs import environment
 

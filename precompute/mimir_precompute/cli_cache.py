@@ -1,0 +1,101 @@
+"""Commands of mimir-precompute that look at a cache or finish it: what is typed, checked and handed on.
+
+Nothing heavy is imported up here.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimir_precompute.cli_options import CacheArgument, Json
+from mimir_shared.command_line import echo
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (status, verify, finalize, inspect, diff):
+        app.command()(command)
+
+
+def status(cache: CacheArgument, as_json: Json = False) -> None:
+    """Say how far a cache is."""
+    from mimir_precompute.messages import describe_status
+    from mimir_precompute.status import read_status
+    from mimir_shared.storage import open_storage
+
+    found = read_status(open_storage(cache))
+    echo(json.dumps(found.to_json()) if as_json else describe_status(cache, found))
+
+
+def verify(cache: CacheArgument, as_json: Json = False) -> None:
+    """Read everything again and say what is wrong; exit code 4 if something is."""
+    from mimir_precompute.messages import describe_verification
+    from mimir_precompute.verify import verify_cache
+    from mimir_shared.storage import open_storage
+
+    report = verify_cache(open_storage(cache))
+    echo(json.dumps(report.to_json()) if as_json else describe_verification(cache, report))
+    if not report.ok:
+        raise typer.Exit(4)
+
+
+def finalize(
+    cache: CacheArgument,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FINGERPRINT, where the cache has a feature more than once.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the snapshot that training pins; `encode` does it by itself when the last shard is done."""
+    from mimir_precompute.commands import run_finalize
+
+    snapshot = run_finalize(cache, feature or [])
+    echo(f"snapshot {snapshot.digest[:12]}: {snapshot.clips} clips, features {', '.join(snapshot.features)}")
+
+
+def inspect(
+    cache: CacheArgument,
+    key: Annotated[str, typer.Argument(help="Of the clip, as in the plan.", show_default=False)],
+    video: Annotated[
+        Path | None, typer.Option(help="Decode its latents to this mp4; needs --models or --vae.", show_default=False)
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Folder or hub id with the vae.", show_default=False)] = None,
+    vae: Annotated[str | None, typer.Option(help="VAE alone: folder or hub id.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Print all that is known of one clip; decode its latents back to video."""
+    from mimir_precompute.commands import run_inspect
+    from mimir_precompute.messages import describe_inspection
+
+    described = run_inspect(cache, key, video, models=models, vae=vae, device=device)
+    echo(json.dumps(described) if as_json else describe_inspection(described))
+    if video is not None and not as_json:
+        echo(f"{video}: the latents, decoded")
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder of a cache.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder of another cache.", show_default=False)],
+    feature_a: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FINGERPRINT, where A has a feature more than once.", show_default=False),
+    ] = None,
+    feature_b: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FINGERPRINT, where B has a feature more than once.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how two caches differ: what made them, their clips, and how far their features are apart."""
+    from mimir_precompute.diff import compare_caches
+    from mimir_precompute.messages import describe_difference
+    from mimir_precompute.option_values import parse_feature_choices
+    from mimir_shared.storage import open_storage
+
+    found = compare_caches(
+        open_storage(a), open_storage(b), parse_feature_choices(feature_a or []), parse_feature_choices(feature_b or [])
+    )
+    echo(json.dumps(found.to_json()) if as_json else describe_difference(found))

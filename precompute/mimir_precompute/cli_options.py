@@ -1,0 +1,123 @@
+"""Options that several commands of mimir-precompute share, with their help texts. Nothing heavy up here."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mimir_precompute.plan import PlanRequest
+
+WHAT = "What is encoded"
+MODELS = "Models"
+WHERE = "How it is run"
+
+Clips = Annotated[
+    str,
+    typer.Argument(
+        help="A JSONL, CSV or Parquet file; a folder with metadata.jsonl/.csv/.parquet or a .txt beside each video; "
+        "WebDataset tars (a file, a folder, or a quoted glob).",
+        show_default=False,
+    ),
+]
+Cache = Annotated[str, typer.Option(help="Folder of the cache.", show_default=False)]
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="tiny, cogvideox-2b or cogvideox-5b: geometry, models and text lengths.",
+                 rich_help_panel=WHAT, show_default=False),
+]  # fmt: skip
+BucketOption = Annotated[
+    list[str] | None,
+    typer.Option("--bucket", help="Frames x height x width, e.g. 49x480x720; repeatable. A clip goes to the largest "
+                 "that it fills.", rich_help_panel=WHAT, show_default=False),
+]  # fmt: skip
+FpsOption = Annotated[
+    float | None,
+    typer.Option(help="Frames a second at which clips are sampled, by time stamp.", rich_help_panel=WHAT,
+                 show_default=False),
+]  # fmt: skip
+ShardSizeOption = Annotated[
+    int | None, typer.Option(help="Clips in a shard; default: 256", rich_help_panel=WHAT, show_default=False)
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(help="Of the shuffle of clips into shards; default: 0", rich_help_panel=WHAT, show_default=False),
+]
+LimitOption = Annotated[
+    int | None, typer.Option(help="Take the first so many clips.", rich_help_panel=WHAT, show_default=False)
+]
+VideoKeyOption = Annotated[str, typer.Option(help="Column of the video's path.", rich_help_panel=WHAT)]
+CaptionKeyOption = Annotated[str, typer.Option(help="Column of the caption.", rich_help_panel=WHAT)]
+RemovalsOption = Annotated[
+    bool, typer.Option("--accept-removals", help="Allow more than half of the planned clips to be gone from the list.",
+                       rich_help_panel=WHAT)
+]  # fmt: skip
+ModelsOption = Annotated[
+    str | None,
+    typer.Option("--models", help="Folder or hub id with vae, text_encoder, tokenizer (and llm).",
+                 rich_help_panel=MODELS, show_default=False),
+]  # fmt: skip
+VaeOption = Annotated[
+    str | None,
+    typer.Option("--vae", help="VAE alone: folder, hub id or id@revision.", rich_help_panel=MODELS,
+                 show_default=False),
+]  # fmt: skip
+T5Option = Annotated[
+    str | None,
+    typer.Option("--t5", help="Folder or hub id with text_encoder and tokenizer.", rich_help_panel=MODELS,
+                 show_default=False),
+]  # fmt: skip
+LlmOption = Annotated[
+    str | None,
+    typer.Option("--llm", help="The LLM: folder, hub id or id@revision.", rich_help_panel=MODELS, show_default=False),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16; default: the preset's.", rich_help_panel=MODELS,
+                 show_default=False),
+]  # fmt: skip
+LatentsOption = Annotated[
+    str,
+    typer.Option("--latents", help="What is kept of the posterior: moments, mean, sample.", rich_help_panel=MODELS),
+]
+VaeTilingOption = Annotated[
+    bool, typer.Option("--vae-tiling", help="Encode in tiles: less memory, other bytes.", rich_help_panel=MODELS)
+]
+VaeEngineOption = Annotated[
+    str, typer.Option("--vae-engine", help="fast, or diffusers: the reference, slower.", rich_help_panel=MODELS)
+]
+T5RowsOption = Annotated[
+    str, typer.Option("--t5-rows", help="all, or ragged (drops pad rows: lossy).", rich_help_panel=MODELS)
+]
+AnswerVariantsOption = Annotated[
+    int,
+    typer.Option("--answer-variants", help="Answers kept a prompt; the first is greedy, the others sampled.",
+                 rich_help_panel=MODELS),
+]  # fmt: skip
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=WHERE)]
+
+
+def plan_request(
+    preset: str | None,
+    bucket: list[str] | None,
+    fps: float | None,
+    shard_size: int | None,
+    seed: int | None,
+    accept_removals: bool,
+) -> "PlanRequest":
+    """What `plan` is asked for, with the preset's and the buckets' names checked. Raises InputError."""
+    from mimir_precompute.config import Bucket
+    from mimir_precompute.plan import PlanRequest
+    from mimir_precompute.presets import find_preset
+
+    if preset is not None:
+        find_preset(preset)
+    return PlanRequest(
+        preset=preset,
+        buckets=tuple(Bucket.parse(text) for text in bucket or ()),
+        fps=fps,
+        shard_size=shard_size,
+        seed=seed,
+        accept_removals=accept_removals,
+    )

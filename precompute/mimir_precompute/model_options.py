@@ -1,0 +1,112 @@
+"""Which models a command loads and what they are to do: from the options, as typed, to every encoder's settings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from mimir_precompute.config import (
+    AnswersSettings,
+    ComputeDType,
+    EncodeSettings,
+    LlmSettings,
+    ModelSource,
+    StoredLatents,
+    T5Settings,
+    VaeEngine,
+    VaeSettings,
+)
+from mimir_precompute.option_values import parse_choice
+from mimir_precompute.presets import PRESETS, Preset
+from mimir_shared.errors import InputError
+from mimir_shared.features import FeatureName
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The options about models that `encode` and all that encodes again take, as typed."""
+
+    models: str | None = None
+    vae: str | None = None
+    t5: str | None = None
+    llm: str | None = None
+    dtype: str | None = None
+    stored_latents: str = "moments"
+    vae_tiling: bool = False
+    vae_engine: str = "fast"
+    t5_rows: str = "all"
+    answer_variants: int = 1
+    device: str = "auto"
+
+
+def encode_settings(
+    options: ModelOptions, preset: Preset | None, features: Sequence[FeatureName], device: str
+) -> EncodeSettings:
+    """Every encoder's settings: what was typed, else what the preset has. Raises InputError for what is missing."""
+    dtype: ComputeDType = (
+        parse_choice("--dtype", options.dtype, get_args(ComputeDType))
+        if options.dtype is not None
+        else (preset.dtype if preset else "bfloat16")
+    )
+    stored: tuple[StoredLatents, ...] = tuple(
+        parse_choice("--latents", name, get_args(StoredLatents)) for name in options.stored_latents.split(",")
+    )
+    parse_choice("--t5-rows", options.t5_rows, ("all", "ragged"))
+    sizes = preset or PRESETS["cogvideox-5b"]
+    vae = model_source(options, preset, "vae", "latents" in features)
+    llm = model_source(options, preset, "llm", "llm" in features or "answers" in features)
+    return EncodeSettings(
+        latents=VaeSettings(
+            source=vae,
+            dtype=dtype,
+            stored=tuple(dict.fromkeys(stored)),
+            tiling=options.vae_tiling,
+            engine=parse_choice("--vae-engine", options.vae_engine, get_args(VaeEngine)),
+        ),
+        t5=T5Settings(
+            text_encoder=model_source(options, preset, "text_encoder", "t5" in features),
+            tokenizer=model_source(options, preset, "tokenizer", "t5" in features),
+            dtype=dtype,
+            max_length=sizes.t5_max_length,
+            rows="ragged" if options.t5_rows == "ragged" else "all",
+        ),
+        answers=AnswersSettings(
+            source=llm,
+            dtype=dtype,
+            max_caption_tokens=sizes.max_caption_tokens,
+            max_answer_tokens=sizes.max_answer_tokens,
+            max_instruction_tokens=sizes.max_instruction_tokens,
+            variants=options.answer_variants,
+        ),
+        llm=LlmSettings(source=llm, dtype=dtype, max_caption_tokens=sizes.max_caption_tokens),
+        device=device,
+    )
+
+
+def model_source(
+    options: ModelOptions,
+    preset: Preset | None,
+    part: Literal["vae", "text_encoder", "tokenizer", "llm"],
+    needed: bool,
+) -> ModelSource:
+    """Where one model lies: its own option, else --models, else the preset's hub id."""
+    own = {"vae": options.vae, "text_encoder": options.t5, "tokenizer": options.t5, "llm": options.llm}[part]
+    option = {"vae": "--vae", "text_encoder": "--t5", "tokenizer": "--t5", "llm": "--llm"}[part]
+    default = (preset.llm if part == "llm" else preset.models) if preset else None
+    together = options.models if part != "llm" or _has_folder(options.models, "llm") else None
+    name = own or together or default
+    if name is None:
+        if not needed:
+            return ModelSource(name="")
+        raise InputError(
+            f"no {part.replace('_', ' ')}: give {option} (a folder or hub id) or --models (a folder with vae, "
+            f"text_encoder, tokenizer and llm)"
+        )
+    # The folder or repository of one model alone is taken as it is, a pipeline's by its part.
+    alone = part == "llm" and (own is not None or together is None)
+    alone = alone or (own is not None and Path(own).is_dir() and not (Path(own) / part).is_dir())
+    return ModelSource(name=name, subfolder="" if alone else part)
+
+
+def _has_folder(models: str | None, part: str) -> bool:
+    return models is not None and (Path(models) / part).is_dir()

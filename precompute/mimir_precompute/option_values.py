@@ -1,0 +1,69 @@
+"""What is typed behind an option, turned into values; every refusal names the option and what it expects."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mimir_shared.errors import InputError
+from mimir_shared.features import FEATURES, FeatureName
+
+
+def parse_features(text: str) -> tuple[FeatureName, ...]:
+    """Read "latents,t5"; in the order in which features are made. Raises InputError."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in FEATURES]
+    if unknown or not names:
+        raise InputError(f"--features {text!r}: {(unknown or ['nothing'])[0]!r} is none of {', '.join(FEATURES)}")
+    return tuple(feature for feature in FEATURES if feature in names)
+
+
+def parse_feature_choices(wanted: Sequence[str]) -> dict[str, str]:
+    """Read "llm=1a2b3c…" options. Raises InputError."""
+    choices: dict[str, str] = {}
+    for text in wanted:
+        name, _, fingerprint = text.partition("=")
+        if name not in FEATURES or not fingerprint:
+            raise InputError(f"--feature {text!r}: expected NAME=FINGERPRINT, for instance llm=1a2b3c4d5e6f")
+        choices[name] = fingerprint
+    return choices
+
+
+def parse_choice(option: str, value: str, choices: Sequence[str]) -> Any:
+    """Return a value that is one of `choices`. Raises InputError that lists them."""
+    if value not in choices:
+        raise InputError(f"{option} {value!r}: expected one of {', '.join(choices)}")
+    return value
+
+
+def parse_shards(text: str, num_shards: int) -> tuple[int, ...]:
+    """Read "all", "0-63", "3,17", "2::8" (start:stop:step) or such joined by commas.
+
+    Raises: InputError for what is none of these, and for shards that the plan does not have.
+    """
+    if text == "all":
+        return tuple(range(num_shards))
+    chosen: set[int] = set()
+    for part in text.split(","):
+        numbers: Sequence[int]
+        try:
+            if ":" in part:
+                pieces = [int(piece) if piece else None for piece in part.split(":")]
+                if len(pieces) > 3 or any(piece is not None and piece < 0 for piece in pieces):
+                    raise ValueError(part)
+                numbers = range(num_shards)[slice(*pieces)]
+                if pieces[0] is not None and pieces[0] >= num_shards:
+                    numbers = [pieces[0]]
+            elif "-" in part:
+                first, last = (int(piece) for piece in part.split("-"))
+                numbers = range(first, last + 1)
+                if not numbers:
+                    raise ValueError(part)
+            else:
+                numbers = [int(part)]
+        except ValueError as fault:
+            raise InputError(
+                f"--shards {text!r}: {part!r} is not understood; expected all, 0-63, 3,17 or 2::8 (start:stop:step)"
+            ) from fault
+        for outside in (n for n in (min(numbers), max(numbers)) if not 0 <= n < num_shards):
+            raise InputError(f"--shards {text!r}: no shard {outside}; the plan has shards 0 to {num_shards - 1}")
+        chosen.update(numbers)
+    return tuple(sorted(chosen))
