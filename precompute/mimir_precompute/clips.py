@@ -125,6 +125,38 @@ def probe_clip(source: bytes | Path) -> ClipInfo:
             )
 
 
+def read_first_frame(source: bytes | Path, *, longest_side: int, start_s: float | None = None) -> Pixels:
+    """A still of a clip that may be damaged: its first frame that can be decoded, whatever comes after.
+
+    Args:
+        longest_side: pixels of the still's longer side; sides are multiples of 16.
+        start_s: where the clip begins in the video; the still is of that moment or a little before.
+    Returns: (H, W, 3) uint8 RGB, in the clip's own proportions.
+    Raises: ClipRejected where not one frame can be decoded, MachineError.
+    """
+    with open_source(source) as file:
+        source_format = recognise(file)
+        if source_format in IMAGE_FORMATS:
+            rgb, orientation = decode_image(file.read())
+            height, width = orientation.apply(rgb).shape[:2]
+            cutter = FrameCutter(
+                bucket=_still_size(width, height, longest_side), orientation=orientation, sample_aspect=Fraction(1)
+            )
+            return cutter.cut(av.VideoFrame.from_ndarray(rgb, format="rgb24"))
+        with open_video(file, source_format, accept_truncated=True) as video:
+            width, height = video.shown_size()
+            size = _still_size(width, height, longest_side)
+            cutter = FrameCutter(bucket=size, orientation=video.orientation, sample_aspect=video.sample_aspect)
+            return cutter.cut(next(video.spans(Window.of(start_s, None).start_s)).item)
+
+
+def _still_size(width: int, height: int, longest_side: int) -> Bucket:
+    scale = longest_side / max(width, height)
+    return Bucket(
+        frames=1, height=max(16, round(height * scale / 16) * 16), width=max(16, round(width * scale / 16) * 16)
+    )
+
+
 def _read_image(file: SourceFile, geometry: Geometry) -> tuple[Pixels, Bucket]:
     rgb, orientation = decode_image(file.read())
     height, width = orientation.apply(rgb).shape[:2]

@@ -83,7 +83,7 @@ class ClipPreparer:
             if self._plan.is_superseded(clip):
                 raise ClipRejected("plan", "superseded", "a later plan changed or removed this clip")
             if self._folder.feature == "latents":
-                source = self._source(clip)
+                source = find_source(self._root, clip)
                 older = self._plan.older_rows(clip)
                 if older:
                     source_xxh3 = hash_source(source)
@@ -93,24 +93,6 @@ class ClipPreparer:
             return copied if copied is not None else self._text(clip)
         except ClipRejected as rejection:
             return Rejected(clip=clip, rejection=rejection, source_xxh3=source_xxh3)
-
-    def _source(self, clip: PlannedClip) -> Path | bytes:
-        """The clip's file, or its bytes where it is a member of a tar."""
-        if clip.source_offset is None:
-            return self._root / clip.source
-        tar_name, _, _ = clip.source.partition("::")
-        assert clip.source_bytes is not None, f"{clip.source} is a member of a tar without a length"
-        try:
-            with open(self._root / tar_name, "rb") as tar:
-                tar.seek(clip.source_offset)
-                data = tar.read(clip.source_bytes)
-        except FileNotFoundError as fault:
-            raise ClipRejected("fetch", "missing", "the tar that holds it is missing") from fault
-        except OSError as fault:
-            raise MachineError(f"{self._root / tar_name}: cannot be read: {fault.strerror}; run it again") from fault
-        if len(data) != clip.source_bytes:
-            raise ClipRejected("fetch", "truncated", f"{len(data)} of {clip.source_bytes} bytes are left in its tar")
-        return data
 
     def _decode(self, clip: PlannedClip, source: Path | bytes) -> Ready:
         pixels = read_clip(source, geometry=self._geometry, start_s=clip.start_s, end_s=clip.end_s)
@@ -159,6 +141,30 @@ class ClipPreparer:
         for name in ("key", "caption", "bucket"):
             document.pop(name, None)
         return Encoded(tensors=tensors, document=document, valid_rows=valid_rows)
+
+
+def find_source(root: Path, clip: PlannedClip) -> Path | bytes:
+    """The file of a planned clip, or its bytes where it is a member of a tar.
+
+    Args:
+        root: `source_root` of the plan.
+    Raises: ClipRejected where the tar is missing or cut, MachineError where it cannot be read.
+    """
+    if clip.source_offset is None:
+        return root / clip.source
+    tar_name, _, _ = clip.source.partition("::")
+    assert clip.source_bytes is not None, f"{clip.source} is a member of a tar without a length"
+    try:
+        with open(root / tar_name, "rb") as tar:
+            tar.seek(clip.source_offset)
+            data = tar.read(clip.source_bytes)
+    except FileNotFoundError as fault:
+        raise ClipRejected("fetch", "missing", "the tar that holds it is missing") from fault
+    except OSError as fault:
+        raise MachineError(f"{root / tar_name}: cannot be read: {fault.strerror}; run it again") from fault
+    if len(data) != clip.source_bytes:
+        raise ClipRejected("fetch", "truncated", f"{len(data)} of {clip.source_bytes} bytes are left in its tar")
+    return data
 
 
 def prepare_ahead(preparer: ClipPreparer, clips: Iterable[PlannedClip], workers: int) -> Iterator[Prepared]:

@@ -101,9 +101,14 @@ class Video:
 
 
 @contextmanager
-def open_video(file: SourceFile, source_format: SourceFormat) -> Iterator[Video]:
-    """Open by content: one named container format, no protocol, no second file, limits before decoding."""
-    if num_missing := missing_bytes(file, source_format):
+def open_video(file: SourceFile, source_format: SourceFormat, *, accept_truncated: bool = False) -> Iterator[Video]:
+    """Open by content: one named container format, no protocol, no second file, limits before decoding.
+
+    Args:
+        accept_truncated: open a file that lacks bytes at its end as well, for what is left of it.
+    """
+    num_missing = 0 if accept_truncated else missing_bytes(file, source_format)
+    if num_missing:
         raise ClipRejected("decode", "truncated", f"at least {num_missing} bytes are missing at its end")
     file.seek(0)
     try:

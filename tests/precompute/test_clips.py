@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimir_precompute import clips, video_file
-from mimir_precompute.clips import choose_bucket, num_frames_at, probe_clip, read_clip
+from mimir_precompute.clips import choose_bucket, num_frames_at, probe_clip, read_clip, read_first_frame
 from mimir_precompute.config import Bucket, Geometry
 from mimir_precompute.frames import Span, shown_at
+from mimir_precompute.rejection import ClipRejected
 from tests.precompute import media
 from tests.precompute.media import NINE, ONE, TINY, VideoStyle, grey_frames, numbers, psnr, rejection, video_bytes
 
@@ -148,6 +149,29 @@ class TestBuckets:
 
     def test_a_duration_gives_as_many_frames_as_decoding_does(self) -> None:
         assert [num_frames_at(d, 8) for d in (0.0, 0.1, 0.125, 0.9, 1.0, 6.125)] == [1, 1, 2, 8, 9, 50]
+
+
+class TestFirstFrame:
+    def test_a_truncated_clip_still_shows_its_first_frame_in_its_own_proportions(self) -> None:
+        whole = video_bytes(grey_frames(35, height=64, width=128), VideoStyle(faststart=True))
+        cut = whole[: len(whole) * 3 // 4]
+        assert rejection(cut).reason == "truncated"
+        still = read_first_frame(cut, longest_side=128)
+        assert still.shape == (64, 128, 3)
+        assert media.read_number(still) == 0
+
+    def test_the_still_is_of_where_the_clip_begins(self) -> None:
+        source = video_bytes(grey_frames(32), VideoStyle(fps=2, options=(("qp", "0"), ("g", "2"))))
+        assert 20 <= media.read_number(read_first_frame(source, longest_side=96, start_s=12.0)) <= 24
+
+    def test_an_image_is_its_own_first_frame(self) -> None:
+        source = media.image_bytes(np.zeros((96, 64, 3), np.uint8), "PNG", exif_orientation=6)
+        assert read_first_frame(source, longest_side=48).shape == (32, 48, 3)
+
+    def test_bytes_without_a_frame_are_rejected(self) -> None:
+        with pytest.raises(ClipRejected) as rejected:
+            read_first_frame(b"no clip at all, but text", longest_side=96)
+        assert rejected.value.reason == "unsupported_format"
 
 
 @real_clips
