@@ -9,11 +9,12 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from mimir_shared.errors import InputError, MachineError
+from mimir_shared.open_files import OpenFiles
 
 _TEMPORARY = "tmp"
 _LINK_UNSUPPORTED = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -73,6 +74,7 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._open_files = OpenFiles()
 
     def path(self, name: str) -> Path:
         return self.root / name
@@ -88,6 +90,16 @@ class LocalStorage:
             raise
         except OSError as fault:
             raise MachineError(f"{self.path(name)}: cannot be read: {fault.strerror}; run it again") from fault
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers of bytes, one after the other, with what a file holds from `offset` on. Safe between threads.
+
+        All that reads samples goes through here: one call a sample and feature, into memory that is there already.
+
+        Returns: bytes read; fewer than the buffers take only where the file ends.
+        Raises: FileNotFoundError where there is no such file; OSError where it cannot be read.
+        """
+        return self._open_files.read_into(self.path(name), offset, buffers)
 
     def list(self, directory: str) -> list[str]:
         """File and folder names directly below `directory`, sorted; empty where it does not exist."""

@@ -1,0 +1,95 @@
+"""Files that stay open between reads, so that a shard is not opened anew for every clip of it."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+MAX_OPEN_FILES: Final = 256
+
+_MAX_BUFFERS: Final = 512
+"""Of one preadv: half of what Linux takes."""
+
+
+@dataclass
+class _OpenFile:
+    descriptor: int
+    readers: int = 0
+    """Threads that read from it now: until they are done it must not be closed, nor its number given away."""
+
+
+class OpenFiles:
+    """The files read last. Safe between threads, which read at the same time: no position is kept."""
+
+    def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
+        self._limit = limit
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_into(self, path: Path, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers of bytes, one after the other, with what a file holds from `offset` on.
+
+        Returns: bytes read; fewer than the buffers take only where the file ends.
+        Raises: OSError.
+        """
+        with self._opened(path) as descriptor:
+            rest = [buffer for buffer in buffers if len(buffer)]
+            done = 0
+            while rest:
+                count = os.preadv(descriptor, rest[:_MAX_BUFFERS], offset + done)
+                if count == 0:
+                    break
+                done += count
+                rest = _after(rest, count)
+            return done
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[int]:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._files[path] = file
+            self._files.move_to_end(path)
+            file.readers += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.readers -= 1
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        idle = [path for path, file in self._files.items() if not file.readers] if self._is_full else []
+        while self._is_full and idle:
+            os.close(self._files.pop(idle.pop(0)).descriptor)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._files) > self._limit
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def close(self) -> None:
+        """Close them all; nobody may be reading."""
+        for file in self._files.values():
+            os.close(file.descriptor)
+        self._files.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is still to be filled once `count` bytes have been read."""
+    rest = []
+    for buffer in buffers:
+        if count < len(buffer):
+            rest.append(buffer[count:])
+        count = max(count - len(buffer), 0)
+    return rest
