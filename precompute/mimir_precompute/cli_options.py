@@ -95,6 +95,21 @@ AnswerVariantsOption = Annotated[
     typer.Option("--answer-variants", help="Answers kept a prompt; the first is greedy, the others sampled.",
                  rich_help_panel=MODELS),
 ]  # fmt: skip
+InstructionsOption = Annotated[
+    str | None,
+    typer.Option("--instructions", help="YAML list of name and text put to the LLM about every caption; default: four "
+                 "of our own.", rich_help_panel=MODELS, show_default=False),
+]  # fmt: skip
+LlmLayerOption = Annotated[
+    str,
+    typer.Option("--llm-layer", help="last (after the final norm), the number of a layer, or mean over all of them.",
+                 rich_help_panel=MODELS),
+]  # fmt: skip
+InstructionPoolingOption = Annotated[
+    str,
+    typer.Option("--instruction-pooling", help="An instruction's token: mean or last of its answer, or query: the row "
+                 "it is answered from.", rich_help_panel=MODELS),
+]  # fmt: skip
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=WHERE)]
 
 

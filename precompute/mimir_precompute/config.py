@@ -8,6 +8,8 @@ from mimir_shared.errors import InputError
 ComputeDType = Literal["float32", "bfloat16"]
 StoredLatents = Literal["moments", "mean", "sample"]
 VaeEngine = Literal["fast", "diffusers"]
+InstructionPooling = Literal["mean", "last", "query"]
+LlmLayer = int | Literal["last", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,12 @@ class LlmSettings:
     source: ModelSource
     dtype: ComputeDType = "bfloat16"
     max_caption_tokens: int = 226
+    layer: LlmLayer = "last"
+    """last: after the final norm; n: transformers' hidden_states[n], 0 the embeddings, negative from the end; mean: the
+    mean over every block's output, each row first normalised to mean 0 and variance 1 (arXiv 2506.08210)."""
+    instruction_pooling: InstructionPooling = "mean"
+    """What becomes an instruction's token: the mean over its answer's rows, the answer's last row, or the row of the
+    prompt's last token, from which the answer begins. Of an empty answer always the last."""
     batch_size: int = 8
 
 

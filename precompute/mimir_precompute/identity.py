@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mimir_precompute.config import Bucket, EncodeSettings, Geometry, ModelSource, VaeEngine
+from mimir_precompute.config import Bucket, EncodeSettings, Geometry, LlmLayer, ModelSource, VaeEngine
 from mimir_precompute.encoders.prompts import INSTRUCTION_SEPARATOR, TEMPLATE_ARGUMENTS
 from mimir_precompute.frames import RESIZE_KERNEL
 from mimir_precompute.model_files import ModelPart, ResolvedModel, resolve_model
@@ -28,6 +28,12 @@ VAE_CLASS = "AutoencoderKLCogVideoX"
 
 VAE_ENGINE_VERSIONS: Mapping[VaeEngine, int] = {"fast": 1, "diffusers": 1}
 """Raised for an engine whenever our own code changes the bytes that it gives."""
+
+LLM_LAYER_NAMES: Mapping[LlmLayer, str] = {
+    "last": "last, after the final norm",
+    "mean": "mean over the normalised outputs of all blocks",
+}
+"""As an identity has them; any other layer stands there as its number."""
 
 PARTS: Mapping[FeatureName, tuple[ModelPart, ...]] = {
     "latents": ("weights",),
@@ -141,13 +147,15 @@ def tensor_specs(
     if feature == "t5":
         length = settings.t5.max_length if settings.t5.rows == "all" else None
         return (
-            TensorSpec(name="t5_embeds", dtype="bf16", dims=("L", "D"), sizes=(length, _width(config, "d_model"))),
+            TensorSpec(
+                name="t5_embeds", dtype="bf16", dims=("L", "D"), sizes=(length, _config_value(config, "d_model"))
+            ),
             TensorSpec(name="t5_ids", dtype="i32", dims=("L",), sizes=(length,)),
             TensorSpec(name="t5_offsets", dtype="i32", dims=("L", "2"), sizes=(length, 2)),
         )
     if feature == "answers":
         return ()
-    width, num_instructions = _width(config, "hidden_size"), len(settings.answers.instructions)
+    width, num_instructions = _config_value(config, "hidden_size"), len(settings.answers.instructions)
     specs = [
         TensorSpec(name="query_hidden", dtype="bf16", dims=("M", "H"), sizes=(None, width)),
         TensorSpec(name="query_offsets", dtype="i32", dims=("M", "2"), sizes=(None, 2)),
@@ -242,9 +250,22 @@ def _llm_settings(
         "attention": attention_implementation(models.model.config),
         "batch_size": llm.batch_size,
         "max_caption_tokens": llm.max_caption_tokens,
-        "layer": "last, after the final norm",
-        "instruction_pooling": "mean",
+        "layer": _layer_identity(llm.layer, models.model.config),
+        "instruction_pooling": llm.instruction_pooling,
     }
+
+
+def _layer_identity(layer: LlmLayer, config: Mapping[str, JsonValue]) -> str | int:
+    """One name for each choice of rows: the number of the last layer, and -1, are "last"."""
+    if isinstance(layer, str):
+        return LLM_LAYER_NAMES[layer]
+    last = _config_value(config, "num_hidden_layers")
+    if not -last - 1 <= layer <= last:
+        raise InputError(
+            f"--llm-layer {layer}: the model has {last} layers; expected {-last - 1} to {last}, last or mean"
+        )
+    number = layer if layer >= 0 else last + 1 + layer
+    return LLM_LAYER_NAMES["last"] if number == last else number
 
 
 def _latents_specs(settings: EncodeSettings, config: Mapping[str, JsonValue], bucket: Bucket) -> tuple[TensorSpec, ...]:
@@ -292,7 +313,7 @@ def _tiled_latent_size(config: Mapping[str, JsonValue], bucket: Bucket, stride: 
     return tiled(bucket.height, tile_height, 1 / 6), tiled(bucket.width, tile_width, 1 / 5)
 
 
-def _width(config: Mapping[str, JsonValue], field: str) -> int:
+def _config_value(config: Mapping[str, JsonValue], field: str) -> int:
     # models that read more than text keep their language model's values one level down
     text_config = config.get("text_config")
     value = config.get(field, text_config.get(field) if isinstance(text_config, Mapping) else None)

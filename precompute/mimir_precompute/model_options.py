@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from mimir_precompute.config import (
+    DEFAULT_INSTRUCTIONS,
     AnswersSettings,
     ComputeDType,
     EncodeSettings,
+    InstructionPooling,
+    LlmLayer,
     LlmSettings,
     ModelSource,
     StoredLatents,
@@ -16,6 +19,7 @@ from mimir_precompute.config import (
     VaeEngine,
     VaeSettings,
 )
+from mimir_precompute.instruction_file import read_instructions
 from mimir_precompute.option_values import parse_choice
 from mimir_precompute.presets import PRESETS, Preset
 from mimir_shared.errors import InputError
@@ -36,6 +40,10 @@ class ModelOptions:
     vae_engine: str = "fast"
     t5_rows: str = "all"
     answer_variants: int = 1
+    instructions: str | None = None
+    """A YAML file; None: the four of the project."""
+    llm_layer: str = "last"
+    instruction_pooling: str = "mean"
     device: str = "auto"
 
 
@@ -77,10 +85,29 @@ def encode_settings(
             max_answer_tokens=sizes.max_answer_tokens,
             max_instruction_tokens=sizes.max_instruction_tokens,
             variants=options.answer_variants,
+            instructions=read_instructions(options.instructions) if options.instructions else DEFAULT_INSTRUCTIONS,
         ),
-        llm=LlmSettings(source=llm, dtype=dtype, max_caption_tokens=sizes.max_caption_tokens),
+        llm=LlmSettings(
+            source=llm,
+            dtype=dtype,
+            max_caption_tokens=sizes.max_caption_tokens,
+            layer=parse_layer(options.llm_layer),
+            instruction_pooling=parse_choice(
+                "--instruction-pooling", options.instruction_pooling, get_args(InstructionPooling)
+            ),
+        ),
         device=device,
     )
+
+
+def parse_layer(text: str) -> LlmLayer:
+    """Read "last", "mean" or a number. Raises InputError."""
+    if text == "last" or text == "mean":
+        return text
+    try:
+        return int(text)
+    except ValueError as fault:
+        raise InputError(f"--llm-layer {text!r}: expected last, mean or the number of a layer") from fault
 
 
 def model_source(

@@ -46,7 +46,7 @@ MODEL = ResolvedModel(
     subfolder="",
     commit=None,
     digests={"config.json": "aa", "model.safetensors": "bb"},
-    config={"_class_name": "AutoencoderKLCogVideoX", "d_model": 4096, "hidden_size": 3072},
+    config={"_class_name": "AutoencoderKLCogVideoX", "d_model": 4096, "hidden_size": 3072, "num_hidden_layers": 32},
     chat_template_sha256="cc",
 )
 MODELS = FeatureModels(model=MODEL, tokenizer=MODEL)
@@ -106,6 +106,10 @@ def test_identity_is_plain_json(feature: FeatureName) -> None:
         ("answers", {"seed": 1}, set()),
         ("llm", {"dtype": "float32"}, {"llm"}),
         ("llm", {"batch_size": 2}, {"llm"}),
+        ("llm", {"layer": 1}, {"llm"}),
+        ("llm", {"layer": "mean"}, {"llm"}),
+        ("llm", {"layer": -1}, set()),
+        ("llm", {"instruction_pooling": "last"}, {"llm"}),
         ("answers", {"source": ModelSource(name="moved")}, set()),
     ],
 )
@@ -124,10 +128,17 @@ def test_every_setting_of_every_feature_is_in_the_table_above() -> None:
             *("source", "dtype", "engine", "instructions", "max_caption_tokens", "max_answer_tokens"),
             *("max_instruction_tokens", "variants", "temperature", "seed", "batch_size"),
         },
-        "llm": {"source", "dtype", "max_caption_tokens", "batch_size"},
+        "llm": {"source", "dtype", "max_caption_tokens", "layer", "instruction_pooling", "batch_size"},
     }
     for feature, names in known.items():
         assert {f.name for f in dataclasses.fields(getattr(SETTINGS, feature))} == names, feature
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
+    for layer in (33, -34):
+        with pytest.raises(InputError, match="32 layers"):
+            identity("llm", change("llm", layer=layer))
+    assert identity("llm", change("llm", layer=32)) == identity("llm", SETTINGS)
 
 
 def test_seeds_and_temperature_count_once_something_is_sampled() -> None:

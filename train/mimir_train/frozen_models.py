@@ -27,7 +27,7 @@ from mimir_precompute.config import (
 from mimir_precompute.device import choose_device
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.encoders.build import build_encoder
-from mimir_precompute.identity import feature_identity, resolve_models, tensor_specs
+from mimir_precompute.identity import LLM_LAYER_NAMES, feature_identity, resolve_models, tensor_specs
 from mimir_precompute.inspect_clip import write_video
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.features import FEATURES, FeatureName, FeatureTensor
@@ -281,6 +281,8 @@ def _llm_settings(identity: Mapping[str, JsonValue], source: ModelSource) -> Llm
         source=source,
         dtype=identity["dtype"],
         max_caption_tokens=identity["max_caption_tokens"],
+        layer=next((layer for layer, name in LLM_LAYER_NAMES.items() if name == identity["layer"]), identity["layer"]),
+        instruction_pooling=identity["instruction_pooling"],
         batch_size=identity["batch_size"],
     )
 

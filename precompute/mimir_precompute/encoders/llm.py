@@ -1,8 +1,8 @@
 """Feature `llm`: the LLM's hidden states over each prompt and the answer that `answers` recorded for it.
 
-One teacher-forced pass per prompt; rows of the last layer, after the final norm; the template's tokens are dropped
-by their positions. Batches are padded on the right and the model is causal, so neither padding nor batch mates change
-a row beyond the last bits.
+One teacher-forced pass per prompt; rows of the last layer after the final norm, of another, or of the mean over all;
+the template's tokens are dropped by their positions. Batches are padded on the right and the model is causal, so
+neither padding nor batch mates change a row beyond the last bits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,13 +81,12 @@ class LlmEncoder:
         pooled: dict[tuple[int, int, int], Tensor] = {}
         for start in range(0, len(order), self.settings.batch_size):
             launch = [passages[i] for i in order[start : start + self.settings.batch_size]]
-            hidden = self.last_hidden_state([passage.token_ids for passage in launch])
+            hidden = self.hidden_rows([passage.token_ids for passage in launch])
             for rows, passage in zip(hidden, launch, strict=True):
                 answer = rows[passage.prompt_length : len(passage.token_ids)]  # (A, H)
                 if passage.instruction is not None:
-                    last_of_prompt = rows[passage.prompt_length - 1]
-                    mean = answer.float().mean(dim=0) if len(answer) else last_of_prompt.float()
-                    pooled[passage.clip, passage.variant, passage.instruction] = mean.cpu()
+                    token = self._pool(answer, last_of_prompt=rows[passage.prompt_length - 1])
+                    pooled[passage.clip, passage.variant, passage.instruction] = token.cpu()
                     continue
                 features[passage.clip][f"answer_hidden_{passage.variant}"] = answer.cpu()
                 if passage.variant == 0:
@@ -96,23 +95,43 @@ class LlmEncoder:
                     features[passage.clip]["query_hidden"] = rows[caption_start:caption_stop].cpu()  # (M, H)
         for clip, tensors in enumerate(features):
             for variant in range(len(_variants(batch[clip]))):
-                means = [pooled[clip, variant, k] for k in range(len(self.instructions))]
+                tokens = [pooled[clip, variant, k] for k in range(len(self.instructions))]
                 width = tensors[f"answer_hidden_{variant}"].shape[1]
-                stacked = torch.stack(means) if means else torch.zeros(0, width)
+                stacked = torch.stack(tokens) if tokens else torch.zeros(0, width)
                 tensors[f"instruction_hidden_{variant}"] = stacked  # (K, H)
         return features
 
     @torch.inference_mode()
-    def last_hidden_state(self, sequences: Sequence[list[int]]) -> Tensor:
-        """One pass over sequences padded on the right: (B, longest, H) in the compute dtype, on the device."""
+    def hidden_rows(self, sequences: Sequence[list[int]]) -> Tensor:
+        """One pass over sequences padded on the right: (B, longest, H) on the device.
+
+        Returns: the chosen layer's rows in the compute dtype; for "mean" float32.
+        """
         width = max(len(token_ids) for token_ids in sequences)
         input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
         for row, token_ids in enumerate(sequences):
             input_ids[row, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
         # no mask: in a causal model no token sees the padding behind it, and without a mask attention takes its
         # fastest kernel
-        hidden: Tensor = self.body(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
-        return hidden
+        layer = self.settings.layer
+        output = self.body(
+            input_ids=input_ids.to(self.device), use_cache=False, output_hidden_states=None if layer == "last" else True
+        )
+        if layer == "last":
+            rows: Tensor = output.last_hidden_state
+        elif layer == "mean":
+            rows = mean_over_layers(output.hidden_states[1:])
+        else:
+            rows = output.hidden_states[layer]
+        return rows
+
+    def _pool(self, answer: Tensor, *, last_of_prompt: Tensor) -> Tensor:
+        """One instruction's token, (H,) float32, from the rows (A, H) of its answer."""
+        if self.settings.instruction_pooling == "query" or not len(answer):
+            return last_of_prompt.float()
+        if self.settings.instruction_pooling == "last":
+            return answer[-1].float()
+        return answer.float().mean(dim=0)
 
     def close(self) -> None:
         """Free the model's memory; the encoder is of no use afterwards."""
@@ -142,6 +161,17 @@ class LlmEncoder:
                 for instruction, prompt_ids, answer in answers
             ]
         return passages
+
+
+def mean_over_layers(layers: Sequence[Tensor]) -> Tensor:
+    """Average layers (…, H) whose rows are first normalised to mean 0 and variance 1, in float32.
+
+    Source: the layer-normalised average of arXiv 2506.08210.
+    """
+    total = torch.zeros_like(layers[0], dtype=torch.float32)
+    for layer in layers:
+        total += torch.nn.functional.layer_norm(layer.float(), layer.shape[-1:])
+    return total / len(layers)
 
 
 def _variants(item: EncoderInput) -> list[Mapping[str, JsonValue]]:

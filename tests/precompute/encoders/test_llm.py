@@ -140,7 +140,62 @@ def test_hidden_rows_are_those_after_the_final_norm(folder: Path) -> None:
     ids = encoder.prompts.answer_prompt(encoder.prompts.caption(CAPTIONS[0]))
     with torch.inference_mode():
         model(torch.tensor([ids]))
-    assert relative_error(encoder.last_hidden_state([ids]), seen[0]) <= 1e-5
+    assert relative_error(encoder.hidden_rows([ids]), seen[0]) <= 1e-5
+
+
+def all_hidden_states(folder: Path, sequence: list[int]) -> tuple[Tensor, ...]:
+    """transformers' own hidden_states of one sequence alone: embeddings, every block, the last after the final norm."""
+    with torch.inference_mode():
+        output = own_model(folder)(torch.tensor([sequence]), output_hidden_states=True)
+    return tuple(rows[0] for rows in output.hidden_states)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, -1, -2, "last", "mean"])
+def test_every_layer_option_is_what_transformers_calls_its_hidden_states(
+    folder: Path, layer: Any, answered: dict[Path, list[EncoderInput]]
+) -> None:
+    encoder = make_llm(folder, layer=layer)
+    prompts = [encoder.prompts.answer_prompt(encoder.prompts.caption(caption)) for caption in CAPTIONS]
+    for got, prompt in zip(encoder.hidden_rows(prompts), prompts, strict=True):
+        states = all_hidden_states(folder, prompt)
+        if layer == "mean":
+            centred = [rows - rows.mean(-1, keepdim=True) for rows in states[1:]]
+            want = torch.stack([rows / (rows.square().mean(-1, keepdim=True) + 1e-5).sqrt() for rows in centred]).mean(
+                0
+            )
+        else:
+            want = states[-1 if layer == "last" else layer]
+        assert relative_error(got[: len(prompt)], want) <= 1e-5
+    stored = encoder.encode(answered[folder])
+    assert all(encoded.tensors["query_hidden"].dtype == "bf16" for encoded in stored)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "query"])
+def test_an_instructions_token_is_pooled_as_asked(
+    folder: Path, pooling: Any, answered: dict[Path, list[EncoderInput]]
+) -> None:
+    encoder = make_llm(folder, instruction_pooling=pooling)
+    item = answered[folder][0]
+    got = encoder.hidden_features([item])[0]["instruction_hidden_0"]
+    assert item.answers is not None
+    prompts = encoder.prompts.instruction_prompts(encoder.prompts.caption(item.caption))
+    for token, prompt, answer in zip(got, prompts, item.answers["variants"][0]["instructions"], strict=True):
+        assert answer["token_ids"], "an empty answer would not tell the poolings apart"
+        rows = oracle_rows(folder, prompt + answer["token_ids"])
+        own = rows[len(prompt) :]
+        want = {"mean": own.mean(0), "last": own[-1], "query": rows[len(prompt) - 1]}[pooling]
+        assert relative_error(token, want) <= 1e-5
+
+
+@pytest.mark.parametrize(("layer", "pooling"), [("mean", "last"), (1, "query")])
+def test_batch_mates_change_no_more_than_the_last_bits_whatever_the_layer(
+    folder: Path, layer: Any, pooling: Any, answered: dict[Path, list[EncoderInput]]
+) -> None:
+    settings = {"layer": layer, "instruction_pooling": pooling}
+    together = make_llm(folder, batch_size=64, **settings).hidden_features(answered[folder])
+    alone = [make_llm(folder, batch_size=1, **settings).hidden_features([item])[0] for item in answered[folder]]
+    for one, other in zip(together, alone, strict=True):
+        assert all(relative_error(one[name], other[name]) <= 1e-5 for name in one)
 
 
 def test_batch_mates_and_padding_change_no_more_than_the_last_bits(
