@@ -102,10 +102,9 @@ def encode_settings(
 
 def parse_layer(text: str) -> LlmLayer:
     """Read "last", "mean" or a number. Raises InputError."""
-    if text == "last" or text == "mean":
-        return text
+    layers: dict[str, LlmLayer] = {"last": "last", "mean": "mean"}
     try:
-        return int(text)
+        return layers[text] if text in layers else int(text)
     except ValueError as fault:
         raise InputError(f"--llm-layer {text!r}: expected last, mean or the number of a layer") from fault
 
