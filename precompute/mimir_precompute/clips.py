@@ -5,9 +5,12 @@ Safe to call from many threads; each call decodes with one thread of its own. Wh
 ClipRejected (quarantine), what is the machine's raises MachineError (stop).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import av
 import numpy as np
@@ -48,6 +51,36 @@ class ClipInfo:
     """End of the last frame after the begin of the first, by the header; None if it does not say, and for images."""
     codec: str
     is_image: bool
+
+
+class ClipDecoder(Protocol):
+    """Where pixels come from. Called from several threads at once."""
+
+    def decode(
+        self, source: bytes | Path, *, geometry: Geometry, start_s: float | None = None, end_s: float | None = None
+    ) -> ClipPixels:
+        """As read_clip does, wherever it is done. Raises: ClipRejected, MachineError."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for it."""
+        ...
+
+
+class DecodeInProcess:
+    """Decodes in the calling thread: for input that we made ourselves, since a bad clip may end the whole process."""
+
+    def decode(
+        self, source: bytes | Path, *, geometry: Geometry, start_s: float | None = None, end_s: float | None = None
+    ) -> ClipPixels:
+        return read_clip(source, geometry=geometry, start_s=start_s, end_s=end_s)
+
+    def close(self) -> None:
+        pass
+
+
+Allocate = Callable[[Bucket], Pixels]
+"""Gives the (F, H, W, 3) array that a clip of this bucket is written to."""
 
 
 def num_frames_at(duration_s: float, fps: float) -> int:
@@ -96,33 +129,64 @@ def read_clip(
     wanted = geometry if bucket is None else Geometry(buckets=(bucket,), fps=geometry.fps)
     with open_source(source) as file:
         source_xxh3 = hash_file(file)
-        source_format = recognise(file)
-        if source_format in IMAGE_FORMATS:
-            pixels, chosen = _read_image(file, wanted)
-        else:
-            window = Window.of(start_s, end_s)
-            pixels, chosen = _read_video(file, source_format, wanted, window)
+        with of_source(source_xxh3):
+            pixels, chosen = decode_clip(file, geometry=wanted, start_s=start_s, end_s=end_s)
         return ClipPixels(pixels=pixels, bucket=chosen, source_xxh3=source_xxh3)
+
+
+@contextmanager
+def of_source(source_xxh3: int) -> Iterator[None]:
+    """Write the hash of the bytes into a rejection that leaves the block."""
+    try:
+        yield
+    except ClipRejected as rejection:
+        rejection.source_xxh3 = source_xxh3
+        raise
+
+
+def new_pixels(bucket: Bucket) -> Pixels:
+    """(F, H, W, 3), not yet written."""
+    return np.empty((bucket.frames, bucket.height, bucket.width, 3), np.uint8)
+
+
+def decode_clip(
+    file: SourceFile,
+    *,
+    geometry: Geometry,
+    start_s: float | None,
+    end_s: float | None,
+    allocate: Allocate = new_pixels,
+) -> tuple[Pixels, Bucket]:
+    """The part of read_clip that hostile bytes can reach. Raises: ClipRejected."""
+    source_format = recognise(file)
+    if source_format in IMAGE_FORMATS:
+        return _read_image(file, geometry, allocate)
+    return _read_video(file, source_format, geometry, Window.of(start_s, end_s), allocate)
 
 
 def probe_clip(source: bytes | Path) -> ClipInfo:
     """Headers and the first frame of a clip, which is decoded. Raises: ClipRejected, MachineError."""
     with open_source(source) as file:
-        source_format = recognise(file)
-        if source_format in IMAGE_FORMATS:
-            rgb, orientation = decode_image(file.read())
-            height, width = orientation.apply(rgb).shape[:2]
-            return ClipInfo(frames=1, width=width, height=height, end_s=None, codec=source_format, is_image=True)
-        with open_video(file, source_format) as video:
-            width, height = video.shown_size()
-            return ClipInfo(
-                frames=video.header_frames,
-                width=width,
-                height=height,
-                end_s=None if video.header_end_s is None else float(video.header_end_s),
-                codec=video.codec,
-                is_image=False,
-            )
+        return probe_file(file)
+
+
+def probe_file(file: SourceFile) -> ClipInfo:
+    """The part of probe_clip that hostile bytes can reach. Raises: ClipRejected."""
+    source_format = recognise(file)
+    if source_format in IMAGE_FORMATS:
+        rgb, orientation = decode_image(file.read())
+        height, width = orientation.apply(rgb).shape[:2]
+        return ClipInfo(frames=1, width=width, height=height, end_s=None, codec=source_format, is_image=True)
+    with open_video(file, source_format) as video:
+        width, height = video.shown_size()
+        return ClipInfo(
+            frames=video.header_frames,
+            width=width,
+            height=height,
+            end_s=None if video.header_end_s is None else float(video.header_end_s),
+            codec=video.codec,
+            is_image=False,
+        )
 
 
 def read_first_frame(source: bytes | Path, *, longest_side: int, start_s: float | None = None) -> Pixels:
@@ -135,19 +199,23 @@ def read_first_frame(source: bytes | Path, *, longest_side: int, start_s: float 
     Raises: ClipRejected where not one frame can be decoded, MachineError.
     """
     with open_source(source) as file:
-        source_format = recognise(file)
-        if source_format in IMAGE_FORMATS:
-            rgb, orientation = decode_image(file.read())
-            height, width = orientation.apply(rgb).shape[:2]
-            cutter = FrameCutter(
-                bucket=_still_size(width, height, longest_side), orientation=orientation, sample_aspect=Fraction(1)
-            )
-            return cutter.cut(av.VideoFrame.from_ndarray(rgb, format="rgb24"))
-        with open_video(file, source_format, accept_truncated=True) as video:
-            width, height = video.shown_size()
-            size = _still_size(width, height, longest_side)
-            cutter = FrameCutter(bucket=size, orientation=video.orientation, sample_aspect=video.sample_aspect)
-            return cutter.cut(next(video.spans(Window.of(start_s, None).start_s)).item)
+        return decode_first_frame(file, longest_side=longest_side, start_s=start_s)
+
+
+def decode_first_frame(file: SourceFile, *, longest_side: int, start_s: float | None) -> Pixels:
+    """The part of read_first_frame that hostile bytes can reach. Raises: ClipRejected."""
+    source_format = recognise(file)
+    if source_format in IMAGE_FORMATS:
+        rgb, orientation = decode_image(file.read())
+        height, width = orientation.apply(rgb).shape[:2]
+        size = _still_size(width, height, longest_side)
+        cutter = FrameCutter(bucket=size, orientation=orientation, sample_aspect=Fraction(1))
+        return cutter.cut(av.VideoFrame.from_ndarray(rgb, format="rgb24"))
+    with open_video(file, source_format, accept_truncated=True) as video:
+        width, height = video.shown_size()
+        size = _still_size(width, height, longest_side)
+        cutter = FrameCutter(bucket=size, orientation=video.orientation, sample_aspect=video.sample_aspect)
+        return cutter.cut(next(video.spans(Window.of(start_s, None).start_s)).item)
 
 
 def _still_size(width: int, height: int, longest_side: int) -> Bucket:
@@ -157,7 +225,7 @@ def _still_size(width: int, height: int, longest_side: int) -> Bucket:
     )
 
 
-def _read_image(file: SourceFile, geometry: Geometry) -> tuple[Pixels, Bucket]:
+def _read_image(file: SourceFile, geometry: Geometry, allocate: Allocate) -> tuple[Pixels, Bucket]:
     rgb, orientation = decode_image(file.read())
     height, width = orientation.apply(rgb).shape[:2]
     chosen = choose_bucket(1, width=width, height=height, geometry=geometry)
@@ -165,17 +233,20 @@ def _read_image(file: SourceFile, geometry: Geometry) -> tuple[Pixels, Bucket]:
         raise ClipRejected("geometry", "too_short", "a still image, and no bucket takes one frame")
     cutter = FrameCutter(bucket=chosen, orientation=orientation, sample_aspect=Fraction(1))
     frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-    return np.ascontiguousarray(cutter.cut(frame)[np.newaxis]), chosen
+    pixels = allocate(chosen)
+    pixels[0] = cutter.cut(frame)
+    return pixels, chosen
 
 
 def _read_video(
-    file: SourceFile, source_format: SourceFormat, geometry: Geometry, window: Window
+    file: SourceFile, source_format: SourceFormat, geometry: Geometry, window: Window, allocate: Allocate
 ) -> tuple[Pixels, Bucket]:
     longest = max(bucket.frames for bucket in geometry.buckets)
     with open_video(file, source_format) as video:
         width, height = video.shown_size()
         target = _first_guess(video, geometry, window)
-        pixels, num_frames = _decode_clip(video, target, window, geometry.fps, longest)
+        pixels = allocate(target)
+        num_frames = _decode_clip(video, target, pixels, window, geometry.fps, longest)
     chosen = choose_bucket(num_frames, width=width, height=height, geometry=geometry)
     if chosen is None:
         shortest = min(bucket.frames for bucket in geometry.buckets)
@@ -188,7 +259,8 @@ def _read_video(
     if chosen != target:
         # the header misled: now the length is known
         with open_video(file, source_format) as video:
-            pixels, num_frames = _decode_clip(video, chosen, window, geometry.fps, chosen.frames)
+            pixels = allocate(chosen)
+            num_frames = _decode_clip(video, chosen, pixels, window, geometry.fps, chosen.frames)
         assert num_frames == chosen.frames, f"{num_frames} frames at the second pass, {chosen} before"
     return pixels, chosen
 
@@ -207,13 +279,12 @@ def _first_guess(video: Video, geometry: Geometry, window: Window) -> Bucket:
     return guess
 
 
-def _decode_clip(video: Video, target: Bucket, window: Window, fps: float, longest: int) -> tuple[Pixels, int]:
-    """Fill the target, and count on to `longest`: (pixels, number of frames that the clip gives up to there).
+def _decode_clip(video: Video, target: Bucket, pixels: Pixels, window: Window, fps: float, longest: int) -> int:
+    """Fill the target's pixels, and count on to `longest`: the number of frames that the clip gives up to there.
 
     The pixels are whole only if the number is at least the target's.
     """
     cutter = FrameCutter(bucket=target, orientation=video.orientation, sample_aspect=video.sample_aspect)
-    pixels = np.empty((target.frames, target.height, target.width, 3), np.uint8)  # (F, H, W, 3)
     num_frames = 0
     last: av.VideoFrame | None = None
     spans = window.cut(video.spans(window.start_s))
@@ -228,7 +299,7 @@ def _decode_clip(video: Video, target: Bucket, window: Window, fps: float, longe
     if _is_short(video, window):
         for _ in spans:
             pass
-    return pixels, num_frames
+    return num_frames
 
 
 def _is_short(video: Video, window: Window) -> bool:

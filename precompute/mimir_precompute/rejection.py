@@ -16,10 +16,14 @@ RejectionReason = Literal[
     "no_video_stream",
     "too_large",
     "too_short",
+    "crashed_decoder",
+    "timeout",
+    "out_of_memory",
     "superseded",
     "wrong_shape",
     "nonfinite",
 ]
+"""crashed_decoder, timeout and out_of_memory: decode_sandbox.py says when a clip is blamed for them."""
 
 
 class ClipRejected(Exception):
@@ -29,11 +33,15 @@ class ClipRejected(Exception):
     Positional arguments alone, so that it survives pickling between processes.
     """
 
-    def __init__(self, stage: RejectionStage, reason: RejectionReason, detail: str) -> None:
-        super().__init__(stage, reason, detail)
+    def __init__(
+        self, stage: RejectionStage, reason: RejectionReason, detail: str, source_xxh3: int | None = None
+    ) -> None:
+        super().__init__(stage, reason, detail, source_xxh3)
         self.stage: RejectionStage = stage
         self.reason: RejectionReason = reason
         self.detail = detail
+        self.source_xxh3 = source_xxh3
+        """xxh3-64 of the clip's bytes, where all of them could be read: tells whether the file was mended since."""
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.reason}: {self.detail}"
