@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
 from mimir_precompute.encoders.base import Encoder, EncoderInput, JsonValue
 from mimir_precompute.plan import geometry_of
@@ -57,6 +58,8 @@ class EncodeJob:
     max_quarantined: float = 0.01
     """Share of the clips in `shards` above which the call fails, after all is committed."""
     decode_workers: int = 2
+    decoder: ClipDecoder = field(default_factory=DecodeInProcess)
+    """How clips are decoded; whoever made it closes it."""
 
 
 @dataclass(kw_only=True)
@@ -152,7 +155,7 @@ def encode_feature(
     if not todo:
         return outcome
     answers = _answers_folder(job, specs) if "answers" in DEPENDENCIES[feature] else None
-    preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers)
+    preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers, job.decoder)
     num_clips = sum(job.plan.file_of(shard).num_clips(shard) for shard in todo)
     with progress.feature(feature, shards=len(todo), clips=num_clips), closing(job.encoders.build(feature)) as encoder:
         log.feature_started(feature, spec.fingerprint)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mimir_precompute.clip_source import hash_source
-from mimir_precompute.clips import read_clip
+from mimir_precompute.clips import ClipDecoder
 from mimir_precompute.config import Geometry
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.rejection import ClipRejected, RejectionReason
@@ -55,11 +55,19 @@ Prepared = Ready | Copied | Rejected
 class ClipPreparer:
     """Prepares the rows of a plan for one feature. Called from several threads at once."""
 
-    def __init__(self, plan: Plan, geometry: Geometry, folder: FeatureFolder, answers: FeatureFolder | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        geometry: Geometry,
+        folder: FeatureFolder,
+        answers: FeatureFolder | None,
+        decoder: ClipDecoder,
+    ) -> None:
         self._plan = plan
         self._geometry = geometry
         self._folder = folder
         self._answers = answers
+        self._decoder = decoder
         self._root = Path(plan.settings.source_root)
         self._done = folder.generations()
         self._records: dict[tuple[FeatureName, int], CommitRecord] = {}
@@ -92,10 +100,12 @@ class ClipPreparer:
             copied = self._copy(clip, self._plan.older_rows(clip), None)
             return copied if copied is not None else self._text(clip)
         except ClipRejected as rejection:
+            if source_xxh3 is None:
+                source_xxh3 = rejection.source_xxh3
             return Rejected(clip=clip, rejection=rejection, source_xxh3=source_xxh3)
 
     def _decode(self, clip: PlannedClip, source: Path | bytes) -> Ready:
-        pixels = read_clip(source, geometry=self._geometry, start_s=clip.start_s, end_s=clip.end_s)
+        pixels = self._decoder.decode(source, geometry=self._geometry, start_s=clip.start_s, end_s=clip.end_s)
         return Ready(
             clip=clip,
             item=EncoderInput(key=clip.key, caption=clip.caption, clip_pixels=pixels.pixels),
