@@ -64,9 +64,16 @@ def _describe_feature(folder: FeatureFolder, clip: PlannedClip) -> dict[str, Any
     if sample.stored is None:
         return {**described, "stage": sample.stage, "reason": sample.reason, "detail": sample.detail}
     document, tensors = folder.read_sample(record, sample)
-    described["file"] = f"{folder.directory}/{record.metadata.files[0].path}"
+    files = [f"{folder.directory}/{data_file.path}" for data_file in record.metadata.files]
+    described["file"] = files[sample.stored.json_file]
     described["tensors"] = [
-        {**_describe_tensor(tensors[place.name]), "name": place.name, "offset": place.offset, "nbytes": place.nbytes}
+        {
+            **_describe_tensor(tensors[place.name]),
+            "name": place.name,
+            "file": files[place.file],
+            "offset": place.offset,
+            "nbytes": place.nbytes,
+        }
         for place in sample.stored.tensors
     ]
     described["document"] = {name: value for name, value in document.items() if name not in ("key", "caption")}

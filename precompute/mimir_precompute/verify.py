@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import BinaryIO
 
 import numpy as np
 
@@ -11,11 +10,11 @@ from mimir_precompute.rejection import ClipRejected
 from mimir_precompute.shard_writer import caption_hash, check_tensors
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
-from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.layout import empty_name
-from mimir_shared.manifest import CommitRecord, SampleRecord
+from mimir_shared.manifest import CommitRecord, DataFile, SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.sealed import check_sealed_tensors, read_sealed_json
+from mimir_shared.shard_files import ShardFiles
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.storage import LocalStorage
 
@@ -88,7 +87,7 @@ def _check_feature(plan: Plan, folder: FeatureFolder, spec: FeatureSpec, report:
             _add(report, folder, shard, "record", str(fault))
             continue
         report.problems += _check_law(plan, folder, record)
-        if _check_file(folder, record, report):
+        if _check_files(folder, record, report):
             report.problems += _check_samples(folder, spec, record)
         report.samples += record.metadata.ok
 
@@ -120,46 +119,51 @@ def _check_law(plan: Plan, folder: FeatureFolder, record: CommitRecord) -> Itera
             yield problem("law", f"status {sample.status!r} with{'' if sample.stored else 'out'} bytes", sample.row)
 
 
-def _check_file(folder: FeatureFolder, record: CommitRecord, report: VerifyReport) -> bool:
-    """Length and sha256 of the data file; whether it is worth looking into."""
-    (data_file,) = record.metadata.files
-    shard = record.metadata.shard
+def _check_files(folder: FeatureFolder, record: CommitRecord, report: VerifyReport) -> bool:
+    """Length and sha256 of every data file; whether the samples are worth looking into."""
+    readable = True
+    for data_file in record.metadata.files:
+        problem = _check_file(folder, data_file, report)
+        if problem is not None:
+            kind, detail = problem
+            _add(report, folder, record.metadata.shard, kind, f"{folder.directory}/{data_file.path}: {detail}")
+            readable &= kind != "missing"
+    return readable
+
+
+def _check_file(folder: FeatureFolder, data_file: DataFile, report: VerifyReport) -> tuple[str, str] | None:
+    """What is wrong with one data file: (kind, detail)."""
     try:
-        with folder.open_data(record) as file:
-            size = file.seek(0, 2)
-            file.seek(0)
+        with open(folder.storage.path(f"{folder.directory}/{data_file.path}"), "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except CacheError as fault:
-        _add(report, folder, shard, "missing", str(fault))
-        return False
+            size = file.tell()
+    except FileNotFoundError:
+        return "missing", "missing, though the commit record names it; restore it from a copy"
     except OSError as fault:
-        _add(report, folder, shard, "missing", f"{data_file.path}: cannot be read: {fault.strerror}")
-        return False
+        return "missing", f"cannot be read: {fault.strerror}"
     report.bytes += size
     if size != data_file.bytes:
-        _add(report, folder, shard, "length", f"{data_file.path}: {size} bytes, the record says {data_file.bytes}")
-    elif digest != data_file.sha256:
-        _add(report, folder, shard, "sha256", f"{data_file.path}: {digest[:12]}…, expected {data_file.sha256[:12]}…")
-    return True
+        return "length", f"{size} bytes, the record says {data_file.bytes}"
+    if digest != data_file.sha256:
+        return "sha256", f"{digest[:12]}…, expected {data_file.sha256[:12]}…"
+    return None
 
 
 def _check_samples(folder: FeatureFolder, spec: FeatureSpec, record: CommitRecord) -> Iterator[Problem]:
-    (data_file,) = record.metadata.files
-    with folder.open_data(record) as file:
+    shard = record.metadata.shard
+    with folder.open_shard(record) as files:
         for sample in record.samples:
             if sample.stored is not None:
-                found = _check_sample(file, spec, sample, data_file.path)
+                found = _check_sample(files, spec, sample)
                 if found is not None:
                     kind, detail = found
-                    yield Problem(
-                        feature=folder.feature, shard=record.metadata.shard, row=sample.row, kind=kind, detail=detail
-                    )
+                    yield Problem(feature=folder.feature, shard=shard, row=sample.row, kind=kind, detail=detail)
 
 
-def _check_sample(file: BinaryIO, spec: FeatureSpec, sample: SampleRecord, where: str) -> tuple[str, str] | None:
+def _check_sample(files: ShardFiles, spec: FeatureSpec, sample: SampleRecord) -> tuple[str, str] | None:
     try:
-        document = read_document(file, sample, where)
-        tensors = read_tensors(file, sample, where)
+        document = files.read_document(sample)
+        tensors = files.read_tensors(sample)
         if document.get("key") != sample.key:
             return "sample", f"{sample.key!r}: its text is of {document.get('key')!r}"
         check_tensors(tensors, spec.tensor_specs(sample.bucket or ""))

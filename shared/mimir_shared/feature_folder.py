@@ -1,17 +1,15 @@
 """One feature of a cache at one fingerprint: its spec, its commit records, its data files."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from io import BufferedReader
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.features import FEATURES, FeatureName, FeatureTensor, TensorSpec
 from mimir_shared.fingerprint import fingerprint as fingerprint_of
-from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.layout import feature_directory, parse_record_name, record_name, spec_name
 from mimir_shared.manifest import (
     CacheFormat,
@@ -20,7 +18,9 @@ from mimir_shared.manifest import (
     SampleRecord,
     read_record,
     read_record_metadata,
+    read_record_table,
 )
+from mimir_shared.shard_files import ShardFiles
 from mimir_shared.storage import LocalStorage
 
 SPEC_VERSION: Final = 1
@@ -99,6 +99,13 @@ class FeatureFolder:
         self._check_place(record.metadata, name, shard, generation)
         return record
 
+    def read_record_table(self, shard: int, generation: int) -> tuple[pa.Table, RecordMetadata, str]:
+        """The record's rows as a table, its footer and its seal. Raises CacheError as read_record."""
+        name = self.record_path(shard, generation)
+        table, metadata, seal = read_record_table(self._read(name), f"{self.storage.root}/{name}")
+        self._check_place(metadata, name, shard, generation)
+        return table, metadata, seal
+
     def read_record_metadata(self, shard: int, generation: int) -> tuple[RecordMetadata, str]:
         """The record's footer and seal. Raises CacheError as read_record."""
         name = self.record_path(shard, generation)
@@ -106,28 +113,16 @@ class FeatureFolder:
         self._check_place(metadata, name, shard, generation)
         return metadata, seal
 
-    @contextmanager
-    def open_data(self, record: CommitRecord) -> Iterator[BufferedReader]:
-        """The data file of a shard, open for reading. Raises CacheError where it is missing."""
-        (data_file,) = record.metadata.files
-        name = f"{self.directory}/{data_file.path}"
-        try:
-            file = open(self.storage.path(name), "rb")  # noqa: SIM115 (closed below; only opening is guarded)
-        except FileNotFoundError as fault:
-            raise CacheError(
-                f"{self.storage.root}/{name}: missing, though the commit record of shard {record.metadata.shard} names "
-                f"it; restore it from a copy, or see `mimir-precompute verify`"
-            ) from fault
-        with file:
-            yield file
+    def open_shard(self, record: CommitRecord) -> ShardFiles:
+        """The data files of a shard, for reading many of its samples."""
+        return ShardFiles(self.storage, self.directory, record)
 
     def read_sample(
         self, record: CommitRecord, sample: SampleRecord
     ) -> tuple[dict[str, Any], dict[str, FeatureTensor]]:
-        """The `.json` and the tensors of one sample that is ok, checked against their hashes. Raises CacheError."""
-        with self.open_data(record) as file:
-            where = str(file.name)
-            return read_document(file, sample, where), read_tensors(file, sample, where)
+        """The text and the tensors of one sample that is ok, checked against their hashes. Raises CacheError."""
+        with self.open_shard(record) as files:
+            return files.read_document(sample), files.read_tensors(sample)
 
     def _read(self, name: str) -> bytes:
         try:

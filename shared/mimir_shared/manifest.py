@@ -18,8 +18,8 @@ from mimir_shared.safetensors_bytes import TensorPlace
 from mimir_shared.sealed import read_sealed_metadata, read_sealed_table, write_sealed_table
 
 Status = Literal["ok", "quarantined"]
-CacheFormat = Literal["webdataset"]
-RECORD_VERSION: Final = 1
+CacheFormat = Literal["webdataset", "zarr"]
+RECORD_VERSION: Final = 2
 
 
 class DataFile(BaseModel):
@@ -49,7 +49,7 @@ class RecordMetadata(BaseModel):
     """The footer of a commit record, under the key "mimir"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    version: Literal[1] = RECORD_VERSION
+    version: Literal[2] = RECORD_VERSION
     feature: FeatureName
     shard: int = Field(ge=0)
     generation: int = Field(ge=0)
@@ -64,15 +64,17 @@ class RecordMetadata(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSample:
-    """Where the bytes of one sample lie in the data file of its shard."""
+    """Where the bytes of one sample lie in the data files of its shard."""
 
+    json_file: int = 0
+    """Index into the record's `metadata.files`, as in TensorPlace."""
     json_offset: int
     json_nbytes: int
     json_xxh3: int
     tensors: tuple[TensorPlace, ...] = ()
-    """In file order, without gaps."""
+    """In the order of safetensors_bytes.stored_order, in either format."""
     xxh3: int | None = None
-    """xxh3-64 over the tensors' bytes in file order; None for a feature without tensors."""
+    """xxh3-64 over the tensors' bytes, one after the other in that order; None for a feature without tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,7 @@ _TENSOR_TYPE = pa.struct(
         pa.field("name", pa.string(), nullable=False),
         pa.field("dtype", pa.string(), nullable=False),
         pa.field("shape", pa.list_(pa.int64()), nullable=False),
+        pa.field("file", pa.int32(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("nbytes", pa.int64(), nullable=False),
     ]
@@ -116,6 +119,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("caption_xxh3", pa.uint64(), nullable=False),
         pa.field("tensors", pa.list_(_TENSOR_TYPE)),
         pa.field("xxh3", pa.uint64()),
+        pa.field("json_file", pa.int32()),
         pa.field("json_offset", pa.int64()),
         pa.field("json_nbytes", pa.int64()),
         pa.field("json_xxh3", pa.uint64()),
@@ -142,11 +146,17 @@ def write_record(metadata: RecordMetadata, samples: Sequence[SampleRecord]) -> b
 
 def read_record(data: bytes, where: str) -> CommitRecord:
     """Check and parse a commit record. Raises CacheError naming `where`."""
+    table, metadata, seal = read_record_table(data, where)
+    return CommitRecord(metadata=metadata, samples=tuple(_from_row(row) for row in table.to_pylist()), seal=seal)
+
+
+def read_record_table(data: bytes, where: str) -> tuple[pa.Table, RecordMetadata, str]:
+    """As read_record, with the rows as a table of RECORD_SCHEMA, and the seal."""
     table, footer = read_sealed_table(data, where)
+    metadata = _parse_metadata(footer, where)
     if table.schema != RECORD_SCHEMA:
         raise CacheError(f"{where}: the columns are {table.schema.names}, expected {RECORD_SCHEMA.names}")
-    samples = tuple(_from_row(row) for row in table.to_pylist())
-    return CommitRecord(metadata=_parse_metadata(footer, where), samples=samples, seal=footer["seal"])
+    return table, metadata, footer["seal"]
 
 
 def read_record_metadata(data: bytes, where: str) -> tuple[RecordMetadata, str]:
@@ -159,13 +169,17 @@ def _parse_metadata(footer: dict[str, str], where: str) -> RecordMetadata:
     if "mimir" not in footer:
         raise CacheError(f"{where}: no commit record of ours: its footer has {sorted(footer)}, expected 'mimir'")
     try:
-        return RecordMetadata.model_validate(json.loads(footer["mimir"]))
+        document = json.loads(footer["mimir"])
+        version = document.get("version") if isinstance(document, dict) else None
+        if version != RECORD_VERSION:
+            raise CacheError(
+                f"{where}: a commit record of version {version}, expected {RECORD_VERSION}; it was written by another "
+                f"release of this program: read it with that one, or encode into a new --cache"
+            )
+        return RecordMetadata.model_validate(document)
     except (ValidationError, ValueError) as fault:
-        first = str(fault).splitlines()
-        raise CacheError(
-            f"{where}: its footer is not of version {RECORD_VERSION}: {' '.join(first[:3])}; "
-            f"it was written by another release of this program"
-        ) from fault
+        first = " ".join(str(fault).splitlines()[:3])
+        raise CacheError(f"{where}: its footer is not readable: {first}; restore it from a copy") from fault
 
 
 def _to_row(sample: SampleRecord) -> dict[str, object]:
@@ -183,10 +197,18 @@ def _to_row(sample: SampleRecord) -> dict[str, object]:
         "tensors": None
         if stored is None
         else [
-            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset, "nbytes": t.nbytes}
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "file": t.file,
+                "offset": t.offset,
+                "nbytes": t.nbytes,
+            }
             for t in stored.tensors
         ],
         "xxh3": stored.xxh3 if stored else None,
+        "json_file": stored.json_file if stored else None,
         "json_offset": stored.json_offset if stored else None,
         "json_nbytes": stored.json_nbytes if stored else None,
         "json_xxh3": stored.json_xxh3 if stored else None,
@@ -197,7 +219,7 @@ def _from_row(row: dict[str, object]) -> SampleRecord:
     # The seal has vouched for the bytes and the schema for the types: only the shape changes here.
     values = dict(row)
     tensors = values.pop("tensors")
-    place = {name: values.pop(name) for name in ("xxh3", "json_offset", "json_nbytes", "json_xxh3")}
+    place = {name: values.pop(name) for name in ("xxh3", "json_file", "json_offset", "json_nbytes", "json_xxh3")}
     stored = None
     if place["json_offset"] is not None:
         assert isinstance(tensors, list), f"row {row['row']}: {tensors!r}"

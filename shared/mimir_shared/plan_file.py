@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -85,11 +86,15 @@ class PlanFile:
 
     def shard_clips(self, shard: int) -> list[PlannedClip]:
         """The planned clips of one shard, in row order."""
+        return [PlannedClip(**row) for row in self.shard_table(shard).to_pylist()]
+
+    def shard_table(self, shard: int) -> pa.Table:
+        """The planned rows of one shard, in row order, with OWN_COLUMNS."""
         begin = (shard - self.settings.first_shard) * self.settings.shard_size
         rows = self.table.select(list(_FIELDS)).slice(begin, self.settings.shard_size)
-        clips = [PlannedClip(**row) for row in rows.filter(pc.equal(rows["shard"], shard)).to_pylist()]
-        assert [clip.row for clip in clips] == list(range(len(clips))), f"shard {shard} of the plan has gaps"
-        return clips
+        rows = rows.filter(pc.equal(rows["shard"], shard))
+        assert rows["row"].to_pylist() == list(range(rows.num_rows)), f"shard {shard} of the plan has gaps"
+        return rows
 
     def num_clips(self, shard: int) -> int:
         """How many clips are planned in one shard."""
@@ -125,6 +130,10 @@ class Plan:
     def shard_clips(self, shard: int) -> list[PlannedClip]:
         return self.file_of(shard).shard_clips(shard)
 
+    def shard_table(self, shard: int) -> pa.Table:
+        """As shard_clips, with OWN_COLUMNS."""
+        return self.file_of(shard).shard_table(shard)
+
     def newest_rows(self) -> Mapping[str, tuple[int, int]]:
         """key → (shard, row) of its newest row; clips that were removed are absent."""
         if self._newest is None:
@@ -150,6 +159,14 @@ class Plan:
         if len(self.files) == 1:
             return False
         return self.newest_rows().get(clip.key) != (clip.shard, clip.row)
+
+    def superseded_rows(self, shard: int) -> np.ndarray:
+        """is_superseded of every row of a shard, boolean."""
+        if len(self.files) == 1:
+            return np.zeros(self.files[0].num_clips(shard), bool)
+        keys = self.shard_table(shard)["key"].to_pylist()
+        newest = self.newest_rows()
+        return np.array([newest.get(key) != (shard, row) for row, key in enumerate(keys)], bool)
 
     def older_rows(self, clip: PlannedClip) -> list[PlannedClip]:
         """Earlier rows of the same key, newest first: what an unchanged feature can be copied from."""

@@ -28,14 +28,21 @@ class TensorPlace:
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    file: int = 0
+    """Which of the files that belong together, where there are several."""
     offset: int
     """Of the first byte, from the start of the file."""
     nbytes: int
 
 
+def stored_order(tensors: Mapping[str, FeatureTensor]) -> list[tuple[str, FeatureTensor]]:
+    """Widest dtype first, then by name: without gaps, every tensor is aligned to its item size."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].array.itemsize, item[0]))
+
+
 def tensors_to_safetensors(tensors: Mapping[str, FeatureTensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Widest dtype first, then by name, without gaps: every tensor is aligned to its item size."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].array.itemsize, item[0]))
+    """The tensors in stored order, without gaps."""
+    ordered = stored_order(tensors)
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(metadata)

@@ -8,22 +8,23 @@ snapshots, and the digest names the data of a training run.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.layout import feature_directory, snapshot_directory
-from mimir_shared.manifest import CacheFormat, CommitRecord, TensorStatistics
+from mimir_shared.manifest import CacheFormat, RecordMetadata, TensorStatistics
 from mimir_shared.plan_file import Plan
 from mimir_shared.statistics import merge_statistics
 from mimir_shared.storage import LocalStorage
 
-SNAPSHOT_VERSION: Final = 1
+SNAPSHOT_VERSION: Final = 2
 
 
 class SnapshotFeature(BaseModel):
@@ -42,7 +43,7 @@ class Snapshot(BaseModel):
     """snapshot.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    version: Literal[1] = SNAPSHOT_VERSION
+    version: Literal[2] = SNAPSHOT_VERSION
     sequence: int = Field(ge=0, description="how many snapshots the cache had before; not part of the digest")
     digest: str = Field(pattern="^[0-9a-f]{64}$", description="sha256 over everything below")
     plans: tuple[str, ...] = Field(description="seals of the plan files")
@@ -59,22 +60,8 @@ class Snapshot(BaseModel):
         return snapshot_directory(self.digest)
 
 
-@dataclass
-class _FeatureColumns:
-    """The index columns of one feature while they are filled."""
-
-    file: list[int]
-    json_offset: list[int]
-    json_nbytes: list[int]
-    json_xxh3: list[int]
-    offset: list[int | None]
-    nbytes: list[int | None]
-    xxh3: list[int | None]
-    tensors: list[list[dict[str, Any]]]
-
-
-_CLIP_COLUMNS = ("key", "shard", "row", "bucket", "caption", "source")
-_PLACE = pa.struct([("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int32()))])
+_COPIED_COLUMNS: Final = ("xxh3", "json_offset", "json_nbytes", "json_xxh3")
+"""Of a commit record, as they stand."""
 
 
 def incomplete_shards(plan: Plan, folders: Iterable[FeatureFolder]) -> dict[FeatureName, int]:
@@ -99,15 +86,16 @@ def write_snapshot(storage: LocalStorage, plan: Plan, folders: Mapping[FeatureNa
     builder = _IndexBuilder(plan, folders)
     for shard in range(plan.num_shards):
         builder.add_shard(shard)
-    index = builder.index_bytes()
+    index = builder.index()
+    index_bytes = _to_bytes(index)
     content = {
         "plans": [file.seal for file in plan.files],
         "preset": plan.settings.preset,
         "buckets": list(plan.settings.buckets),
         "fps": plan.settings.fps,
-        "clips": builder.clips,
+        "clips": index.num_rows,
         "left_out": dict(sorted(builder.left_out.items())),
-        "index_sha256": hashlib.sha256(index).hexdigest(),
+        "index_sha256": hashlib.sha256(index_bytes).hexdigest(),
         "features": {
             feature: json.loads(builder.feature(feature).model_dump_json())
             for feature in FEATURES
@@ -121,104 +109,93 @@ def write_snapshot(storage: LocalStorage, plan: Plan, folders: Mapping[FeatureNa
             return snapshot
     sequence = max((snapshot.sequence + 1 for snapshot in existing), default=0)
     snapshot = Snapshot.model_validate({"sequence": sequence, "digest": digest, **content})
-    storage.create(f"{snapshot.directory}/index.arrow", index)
+    storage.create(f"{snapshot.directory}/index.arrow", index_bytes)
     # last, for a snapshot exists when its snapshot.json does
     storage.create(f"{snapshot.directory}/snapshot.json", snapshot.model_dump_json(indent=1).encode() + b"\n")
     return snapshot
 
 
 class _IndexBuilder:
-    """Collects the rows of the index, shard by shard."""
+    """Collects the rows of the index, shard by shard, as tables: a snapshot may have hundreds of thousands."""
 
     def __init__(self, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]) -> None:
         self._plan = plan
         self._folders = folders
-        self._clip_columns: dict[str, list[Any]] = {
-            n: [] for n in ("key", "shard", "row", "bucket", "caption", "source")
-        }
-        self._columns = {feature: _FeatureColumns(*([] for _ in range(8))) for feature in folders}
+        self._tables: list[pa.Table] = []
         self._files: dict[FeatureName, list[str]] = {feature: [] for feature in folders}
         self._records: dict[FeatureName, list[tuple[int, int, str]]] = {feature: [] for feature in folders}
         self._statistics: dict[FeatureName, list[dict[str, TensorStatistics]]] = {feature: [] for feature in folders}
         self._generations = {feature: folder.generations() for feature, folder in folders.items()}
         self.left_out: dict[str, int] = {}
 
-    @property
-    def clips(self) -> int:
-        return len(self._clip_columns["key"])
-
     def add_shard(self, shard: int) -> None:
-        planned = self._plan.shard_clips(shard)
-        records: dict[FeatureName, CommitRecord] = {}
+        """Append the clips of a shard that are ok in every feature, and count the others. Raises CacheError."""
+        planned = self._plan.shard_table(shard)
+        records: dict[FeatureName, pa.Table] = {}
+        footers: dict[FeatureName, RecordMetadata] = {}
         for feature, folder in self._folders.items():
             generation = self._generations[feature][shard]
-            record = folder.read_record(shard, generation)
-            if [s.key for s in record.samples] != [clip.key for clip in planned]:
+            records[feature], footers[feature], seal = folder.read_record_table(shard, generation)
+            if not records[feature]["key"].equals(planned["key"]):
                 raise CacheError(
                     f"{folder.storage.root}/{folder.record_path(shard, generation)}: its keys are not those of the plan"
                 )
-            self._records[feature].append((shard, generation, record.seal))
-            self._statistics[feature].append(record.metadata.statistics)
-            (data_file,) = record.metadata.files
-            self._files[feature].append(f"{feature_directory(feature, folder.fingerprint)}/{data_file.path}")
-            records[feature] = record
-        for row, clip in enumerate(planned):
-            failed = next((f for f, record in records.items() if record.samples[row].status != "ok"), None)
-            if self._plan.is_superseded(clip):
-                self._leave_out("plan:superseded")
-            elif failed is not None:
-                self._leave_out(f"{failed}:{records[failed].samples[row].reason}")
-            else:
-                buckets = [r.samples[row].bucket for r in records.values() if r.samples[row].bucket]
-                values = (clip.key, shard, row, buckets[0] if buckets else clip.bucket, clip.caption, clip.source)
-                for column, value in zip(self._clip_columns.values(), values, strict=True):
-                    column.append(value)
-                for feature, record in records.items():
-                    self._add_place(feature, record, row)
-
-    def _leave_out(self, reason: str) -> None:
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
-
-    def _add_place(self, feature: FeatureName, record: CommitRecord, row: int) -> None:
-        stored = record.samples[row].stored
-        assert stored is not None, f"{feature} shard {record.metadata.shard} row {row} is ok without bytes"
-        columns = self._columns[feature]
-        columns.file.append(len(self._files[feature]) - 1)
-        columns.json_offset.append(stored.json_offset)
-        columns.json_nbytes.append(stored.json_nbytes)
-        columns.json_xxh3.append(stored.json_xxh3)
-        columns.offset.append(stored.tensors[0].offset if stored.tensors else None)
-        columns.nbytes.append(sum(t.nbytes for t in stored.tensors) if stored.tensors else None)
-        columns.xxh3.append(stored.xxh3)
-        columns.tensors.append([{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in stored.tensors])
-
-    def index_bytes(self) -> bytes:
-        """The Arrow IPC file: columns of the clip, and for each feature a struct of where its bytes lie."""
-        arrays: dict[str, pa.Array] = {
-            name: pa.array(values, pa.int32() if name in ("shard", "row") else pa.string())
-            for name, values in self._clip_columns.items()
-        }
+            self._records[feature].append((shard, generation, seal))
+            self._statistics[feature].append(footers[feature].statistics)
+        kept = self._kept_rows(shard, planned, records)
+        buckets = pc.coalesce(*(record["bucket"] for record in records.values()), planned["bucket"])
+        columns = {name: planned[name] for name in ("key", "shard", "row")}
+        columns |= {"bucket": buckets, "caption": planned["caption"], "source": planned["source"]}
+        clips = pa.table(columns).filter(kept)
         for feature in FEATURES:
-            if feature in self._columns:
-                columns = self._columns[feature]
-                arrays[feature] = pa.StructArray.from_arrays(
-                    [
-                        pa.array(columns.file, pa.int32()),
-                        pa.array(columns.json_offset, pa.int64()),
-                        pa.array(columns.json_nbytes, pa.int64()),
-                        pa.array(columns.json_xxh3, pa.uint64()),
-                        pa.array(columns.offset, pa.int64()),
-                        pa.array(columns.nbytes, pa.int64()),
-                        pa.array(columns.xxh3, pa.uint64()),
-                        pa.array(columns.tensors, pa.list_(_PLACE)),
-                    ],
-                    names=["file", "json_offset", "json_nbytes", "json_xxh3", "offset", "nbytes", "xxh3", "tensors"],
-                )
-        table = pa.table(arrays)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        return bytes(sink.getvalue())
+            if feature in records:
+                places = self._places(feature, footers[feature], records[feature].filter(kept))
+                clips = clips.append_column(feature, places)
+        self._tables.append(clips)
+
+    def _kept_rows(self, shard: int, planned: pa.Table, records: Mapping[FeatureName, pa.Table]) -> pa.Array:
+        """Boolean: the rows that are ok in every feature and that no later plan file superseded."""
+        kept = ~self._plan.superseded_rows(shard)
+        self._leave_out("plan:superseded", int(np.count_nonzero(~kept)))
+        for feature, record in records.items():
+            failed = kept & pc.not_equal(record["status"], "ok").to_numpy()
+            for reason in record["reason"].filter(pa.array(failed)).to_pylist():
+                self._leave_out(f"{feature}:{reason}", 1)
+            kept &= ~failed
+        return pa.array(kept)
+
+    def _leave_out(self, reason: str, count: int) -> None:
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
+
+    def _places(self, feature: FeatureName, footer: RecordMetadata, rows: pa.Table) -> pa.StructArray:
+        """The index column of a feature for rows of one shard that are all ok."""
+        where = f"{self._folders[feature].storage.root}: {feature} shard {footer.shard}"
+        rows = rows.combine_chunks()
+        if rows["json_offset"].null_count or rows["tensors"].null_count:
+            raise CacheError(
+                f"{feature} shard {footer.shard}: a row is ok without bytes; see `mimir-precompute verify`"
+            )
+        directory = feature_directory(feature, self._folders[feature].fingerprint)
+        entries = pc.list_flatten(_only_chunk(rows["tensors"]))
+        json_file, tensor_file = rows["json_file"].to_numpy(), pc.struct_field(entries, "file").to_numpy()
+        # The index counts into one list of all files that hold a sample's bytes, a record into its own.
+        used = np.unique(np.concatenate([json_file, tensor_file]))
+        numbers = np.zeros(len(footer.files), np.int32)
+        numbers[used] = len(self._files[feature]) + np.arange(len(used))
+        self._files[feature] += [f"{directory}/{footer.files[number].path}" for number in used]
+        fields = {name: _only_chunk(rows[name]) for name in _COPIED_COLUMNS}
+        fields["json_file"] = pa.array(numbers[json_file])
+        tensors = _tensor_places(entries, numbers[tensor_file], rows.num_rows, where)
+        if tensors is not None:
+            fields["tensors"] = tensors
+        return pa.StructArray.from_arrays(list(fields.values()), names=list(fields))
+
+    def index(self) -> pa.Table:
+        """Columns of the clip, and for each feature a struct of where its bytes lie."""
+        # a shard without a clip has no tensors to tell its columns from
+        tables = [table for table in self._tables if table.num_rows] or self._tables[:1]
+        return pa.concat_tables(tables).combine_chunks()
 
     def feature(self, feature: FeatureName) -> SnapshotFeature:
         spec = self._folders[feature].read_spec()
@@ -230,6 +207,50 @@ class _IndexBuilder:
             files=tuple(self._files[feature]),
             statistics=merge_statistics(self._statistics[feature]),
         )
+
+
+def _only_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+
+
+def _tensor_places(entries: pa.StructArray, files: np.ndarray, num_rows: int, where: str) -> pa.StructArray | None:
+    """One struct of (file, offset, nbytes, shape) for each tensor of a feature, named by it, in stored order.
+
+    Args:
+        entries: the `tensors` of all rows, one after the other.
+        files: the file of each entry, as the index numbers them.
+    Returns: None for a feature without tensors.
+    Raises: CacheError where a row has other tensors than its neighbours.
+    """
+    if not num_rows or not len(entries):
+        return None
+    names = pc.struct_field(entries, "name").to_pylist()
+    per_row = len(names) // num_rows
+    if names != names[:per_row] * num_rows:
+        raise CacheError(f"{where}: its rows have different tensors; see `mimir-precompute verify`")
+    places = {}
+    for number, name in enumerate(names[:per_row]):
+        own = entries.take(pa.array(np.arange(number, len(names), per_row)))
+        shapes = pc.struct_field(own, "shape")
+        num_dims = len(shapes[0])
+        places[name] = pa.StructArray.from_arrays(
+            [
+                pa.array(files[number::per_row]),
+                pc.struct_field(own, "offset"),
+                pc.struct_field(own, "nbytes"),
+                shapes.cast(pa.list_(pa.int32(), num_dims)),
+            ],
+            names=["file", "offset", "nbytes", "shape"],
+        )
+    return pa.StructArray.from_arrays(list(places.values()), names=list(places))
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    """As an Arrow IPC file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
 
 
 def list_snapshots(storage: LocalStorage) -> list[Snapshot]:

@@ -17,7 +17,6 @@ from mimir_precompute.verify import verify_cache
 from mimir_shared.errors import CacheError, InputError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
-from mimir_shared.formats.webdataset import read_document, read_tensors
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.storage import LocalStorage
@@ -82,13 +81,13 @@ def test_the_cache_holds_what_the_encoders_gave(toy_clips: Path, tmp_path: Path)
         if folder.feature not in ("t5", "answers"):
             continue
         record = folder.read_record(1, 0)
-        with folder.open_data(record) as file:
+        with folder.open_shard(record) as files:
             for sample in record.samples:
-                document = read_document(file, sample, "")
+                document = files.read_document(sample)
                 expected = encode_fake(folder.feature, EncoderInput(key=sample.key, caption=captions[sample.key]))
                 assert document.items() >= {"key": sample.key, "caption": captions[sample.key]}.items()
                 assert document.items() >= dict(expected.document).items()
-                for name, tensor in read_tensors(file, sample, "").items():
+                for name, tensor in files.read_tensors(sample).items():
                     assert tensor.array.tobytes() == expected.tensors[name].array.tobytes()
 
 

@@ -139,7 +139,7 @@ def test_an_error_of_the_reading_thread_is_raised_at_its_batch(small_cache: Path
     loader = loader_of(cache, find_layout(cache, llm=False), prefetch=4)
     bad_clip = clips_of_step(cache, TrainingOrder(cache.buckets(), seed=1, global_batch_size=8), 2)[0]
     number = next(n for n in range(24) if cache.clip(n) == bad_clip)
-    place = cache._index["t5"][number].as_py()
+    place = cache._index["t5"][number].as_py()["tensors"]["t5_embeds"]
     path = root / cache.snapshot.features["t5"].files[place["file"]]
     with flipped_byte(path, place["offset"]):
         batches = loader.batches(0, 6)
@@ -155,7 +155,7 @@ def test_reads_are_verified_as_asked(small_cache: Path, tmp_path: Path, verify: 
     loader = loader_of(cache, find_layout(cache, llm=False), verify=verify)
     bad_clip = clips_of_step(cache, TrainingOrder(cache.buckets(), seed=1, global_batch_size=8), 2)[0]
     number = next(n for n in range(24) if cache.clip(n) == bad_clip)
-    place = cache._index["t5"][number].as_py()
+    place = cache._index["t5"][number].as_py()["tensors"]["t5_embeds"]
     with flipped_byte(root / cache.snapshot.features["t5"].files[place["file"]], place["offset"]):
         if refused_at is None:
             assert len(list(loader.batches(0, 3))) == 3

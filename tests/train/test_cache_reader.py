@@ -62,7 +62,7 @@ def test_a_flipped_byte_is_refused_naming_clip_shard_and_row(cache_copy: Path) -
     cache = open_cache(str(cache_copy))
     clip = cache.clip(9)
     path = data_file(cache, "latents", clip.shard)
-    offset = int(cache._index["latents"][9].as_py()["offset"]) + 100
+    offset = int(cache._index["latents"][9].as_py()["tensors"]["vae_moments"]["offset"]) + 100
     with flipped_byte(path, offset):
         with pytest.raises(
             CacheError, match=rf"{path}.*{clip.key}.*shard {clip.shard}, row {clip.row}.*hash"

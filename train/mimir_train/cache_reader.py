@@ -166,18 +166,38 @@ class _FeatureReader:
         self._specs_of_bucket = {bucket: spec.tensor_specs(bucket) for bucket in cache.snapshot.buckets}
         self._names = cache.snapshot.features[spec.feature].files
         self._files = _OpenFiles()
-        self._file = column.field("file").to_numpy()
-        self._offset = column.field("offset").to_numpy()
-        self._nbytes = column.field("nbytes").to_numpy()
-        self._xxh3 = column.field("xxh3").to_numpy()
-        self._tensors = column.field("tensors")
+        self._xxh3 = column.field("xxh3").to_numpy(zero_copy_only=False)
+        has_tensors = any(field.name == "tensors" for field in column.type)
+        self._tensors = _tensor_columns(column.field("tensors")) if has_tensors else []
 
     def read(self, clip: Clip, number: int, *, verify: bool) -> dict[str, FeatureTensor]:
-        path = self._root / self._names[int(self._file[number])]
-        nbytes = int(self._nbytes[number])
-        where = f"{path}: `{self._spec.feature}` of clip {clip}"
+        parts, where = [], f"`{self._spec.feature}` of clip {clip}"
+        for file, offset, nbytes in self._ranges(number):
+            path = self._root / self._names[file]
+            where = f"{path}: `{self._spec.feature}` of clip {clip}"
+            parts.append(self._read_range(path, offset, nbytes, where))
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if verify and parts and xxhash.xxh3_64_intdigest(data) != int(self._xxh3[number]):
+            raise CacheError(
+                f"{where}: its {len(data)} bytes do not match the hash in the commit record; the shard is damaged: see "
+                f"`mimir-precompute verify {self._root}`"
+            )
+        return self._parse(data, clip, number, where)
+
+    def _ranges(self, number: int) -> list[tuple[int, int, int]]:
+        """(file, offset, nbytes) of a clip's tensors; those that touch each other are one range."""
+        ranges: list[tuple[int, int, int]] = []
+        for column in self._tensors:
+            file, offset, nbytes = (int(values[number]) for values in (column.file, column.offset, column.nbytes))
+            if ranges and ranges[-1][0] == file and sum(ranges[-1][1:]) == offset:
+                ranges[-1] = (file, ranges[-1][1], ranges[-1][2] + nbytes)
+            else:
+                ranges.append((file, offset, nbytes))
+        return ranges
+
+    def _read_range(self, path: Path, offset: int, nbytes: int, where: str) -> bytes:
         try:
-            data = self._files.read(path, int(self._offset[number]), nbytes)
+            data = self._files.read(path, offset, nbytes)
         except FileNotFoundError as fault:
             raise CacheError(
                 f"{where}: the file is missing, though the snapshot names it; restore it from a copy, or see "
@@ -190,22 +210,20 @@ class _FeatureReader:
                 f"{where}: the file ends after {len(data)} of its {nbytes} bytes; it was cut short: see "
                 f"`mimir-precompute verify {self._root}`"
             )
-        if verify and xxhash.xxh3_64_intdigest(data) != int(self._xxh3[number]):
-            raise CacheError(
-                f"{where}: its {nbytes} bytes do not match the hash in the commit record; the shard is damaged: see "
-                f"`mimir-precompute verify {self._root}`"
-            )
-        return self._parse(data, clip, number, where)
+        return data
 
     def _parse(self, data: bytes, clip: Clip, number: int, where: str) -> dict[str, FeatureTensor]:
         specs = {spec.name: spec for spec in self._specs_of_bucket.get(clip.bucket, ())}
         tensors: dict[str, FeatureTensor] = {}
         offset = 0
-        for entry in self._tensors[number].as_py():
-            name, dtype = entry["name"], entry["dtype"]
-            tensor = tensor_at(data, _place(name, dtype, entry["shape"], offset), base=0, where=where)
+        for column in self._tensors:
+            name = column.name
+            if name not in specs:
+                raise CacheError(f"{where}: no tensor {name!r} for bucket {clip.bucket} by spec.json; they disagree")
+            place = _place(name, specs[name].dtype, column.shape[number].tolist(), offset)
+            tensor = tensor_at(data, place, base=0, where=where)
             offset += tensor.array.nbytes
-            mismatch = specs[name].mismatch(tensor.array, tensor.dtype) if name in specs else f"no tensor {name!r}"
+            mismatch = specs[name].mismatch(tensor.array, tensor.dtype)
             if mismatch is not None:
                 raise CacheError(f"{where}: {mismatch} for bucket {clip.bucket} by spec.json; index and spec disagree")
             tensors[name] = tensor
@@ -213,6 +231,36 @@ class _FeatureReader:
         if missing:
             raise CacheError(f"{where}: tensors {missing} of spec.json are missing; index and spec disagree")
         return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TensorColumn:
+    """Where one tensor of a feature lies, for every clip of the index."""
+
+    name: str
+    file: np.ndarray
+    offset: np.ndarray
+    nbytes: np.ndarray
+    shape: np.ndarray
+    """(clips, dims)"""
+
+
+def _tensor_columns(column: pa.StructArray) -> list[_TensorColumn]:
+    """In stored order, which is also the order in which their bytes were hashed."""
+    columns = []
+    for field in column.type:
+        places = column.field(field.name)
+        shape = places.field("shape")
+        columns.append(
+            _TensorColumn(
+                name=field.name,
+                file=places.field("file").to_numpy(),
+                offset=places.field("offset").to_numpy(),
+                nbytes=places.field("nbytes").to_numpy(),
+                shape=shape.flatten().to_numpy().reshape(len(shape), -1),
+            )
+        )
+    return columns
 
 
 def _place(name: str, dtype: DType, shape: list[int], offset: int) -> TensorPlace:

@@ -14,11 +14,10 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
 from mimir_shared.layout import sample_stem
-from mimir_shared.manifest import SampleRecord, StoredSample
-from mimir_shared.safetensors_bytes import TensorPlace, read_header, tensor_at, tensors_to_safetensors
+from mimir_shared.manifest import StoredSample
+from mimir_shared.safetensors_bytes import TensorPlace, read_header, tensors_to_safetensors
 
 ENDING = "tar"
 
@@ -98,41 +97,3 @@ class _HashingFile:
 
     def tell(self) -> int:
         return self.nbytes
-
-
-def _stored(sample: SampleRecord, where: str) -> StoredSample:
-    assert sample.stored is not None, f"{where}: sample {sample.key!r} is {sample.status}, it has no bytes"
-    return sample.stored
-
-
-def read_document(file: BinaryIO, sample: SampleRecord, where: str) -> dict[str, Any]:
-    """The `.json` of a sample, checked against its hash. Raises CacheError."""
-    stored = _stored(sample, where)
-    file.seek(stored.json_offset)
-    data = file.read(stored.json_nbytes)
-    if len(data) != stored.json_nbytes or xxhash.xxh3_64_intdigest(data) != stored.json_xxh3:
-        raise CacheError(_damaged(where, sample, "text"))
-    document = json.loads(data)
-    assert isinstance(document, dict), f"{where}: the document of {sample.key!r} is no object"
-    return document
-
-
-def read_tensors(file: BinaryIO, sample: SampleRecord, where: str) -> dict[str, FeatureTensor]:
-    """The tensors of a sample, by one read, checked against their hash. Raises CacheError."""
-    stored = _stored(sample, where)
-    if not stored.tensors:
-        return {}
-    begin = stored.tensors[0].offset
-    end = stored.tensors[-1].offset + stored.tensors[-1].nbytes
-    file.seek(begin)
-    data = file.read(end - begin)
-    if len(data) != end - begin or xxhash.xxh3_64_intdigest(data) != stored.xxh3:
-        raise CacheError(_damaged(where, sample, "tensors"))
-    return {place.name: tensor_at(data, place, base=begin, where=where) for place in stored.tensors}
-
-
-def _damaged(where: str, sample: SampleRecord, what: str) -> str:
-    return (
-        f"{where}: the {what} of sample {sample.key!r} (row {sample.row}) do not match the hash in the commit record; "
-        f"the shard is damaged: run `mimir-precompute verify`"
-    )
