@@ -1,19 +1,31 @@
-"""MAIN PATH of stage one: `encode_cache` → `encode_feature` → `encode_shard`.
+"""MAIN PATH of stage one: `encode_cache` → `encode_feature` → `encode_shards`.
 
 The unit of work and of commit is one shard of one feature. A shard whose commit record exists is never
 made again; everything else may be killed at any moment and started again by the same command.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
-from mimir_precompute.encoders.base import Encoder, EncoderInput, JsonValue
+from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
+from mimir_precompute.overlap import Channel, Crew
 from mimir_precompute.plan import geometry_of
-from mimir_precompute.prepare import ClipPreparer, Copied, Prepared, Ready, Rejected, in_batches, prepare_ahead
+from mimir_precompute.prepare import (
+    Claims,
+    ClipPreparer,
+    Copied,
+    ListedShards,
+    Prepared,
+    Ready,
+    Rejected,
+    Sent,
+    in_batches,
+    prepare_shards,
+)
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.shard_writer import ShardWriter
@@ -27,6 +39,10 @@ from mimir_shared.plan_file import Plan
 from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_sealed_tensors
 from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
 from mimir_shared.storage import LocalStorage, machine_faults
+
+_CLIPS_TO_WRITE = 32
+"""Encoded clips that may wait to be written: some seconds of work for the accelerator while a shard is synced to disk
+and committed, and at most some 150 MB."""
 
 
 class EncoderSource(Protocol):
@@ -86,6 +102,31 @@ class EncodeOutcome:
     @property
     def nothing_to_do(self) -> bool:
         return all(feature.shards_made == 0 for feature in self.features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureWork:
+    """What the stages of one feature share."""
+
+    job: EncodeJob
+    spec: FeatureSpec
+    folder: FeatureFolder
+    preparer: ClipPreparer
+    claims: Claims
+    encoder: Encoder
+    outcome: FeatureOutcome
+    """Filled in by the stage that writes."""
+    progress: Progress
+    log: RunLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """Rows on their way from the encoder to the shard, in order."""
+
+    rows: tuple[Sent | Copied | Rejected, ...]
+    pending: Pending
+    """The features of the rows that were sent to the encoder."""
 
 
 def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutcome:
@@ -157,42 +198,77 @@ def encode_feature(
     answers = _answers_folder(job, specs) if "answers" in DEPENDENCIES[feature] else None
     preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers, job.decoder)
     num_clips = sum(job.plan.file_of(shard).num_clips(shard) for shard in todo)
+    claims = ListedShards(todo)
     with progress.feature(feature, shards=len(todo), clips=num_clips), closing(job.encoders.build(feature)) as encoder:
         log.feature_started(feature, spec.fingerprint)
         publish_empty(folder, encoder, answers)
-        for shard in todo:
-            encode_shard(job, spec, folder, preparer, encoder, shard, outcome, progress, log)
+        encode_shards(
+            FeatureWork(
+                job=job,
+                spec=spec,
+                folder=folder,
+                preparer=preparer,
+                claims=claims,
+                encoder=encoder,
+                outcome=outcome,
+                progress=progress,
+                log=log,
+            )
+        )
     return outcome
 
 
-def encode_shard(
-    job: EncodeJob,
-    spec: FeatureSpec,
-    folder: FeatureFolder,
-    preparer: ClipPreparer,
-    encoder: Encoder,
-    shard: int,
-    outcome: FeatureOutcome,
-    progress: Progress,
-    log: RunLog,
-) -> None:
-    """Prepare, encode, write and commit one shard; nothing of it is visible before the commit."""
-    clips = job.plan.shard_clips(shard)
-    preparer.start_shard(shard)
+def encode_shards(work: FeatureWork) -> None:
+    """Prepare, encode, write and commit shard after shard; the three go on at once, each in order.
+
+    Threads prepare rows ahead of this one, which feeds the encoder across the borders of shards; one thread behind it
+    writes. The first failure of any ends all, and what is not committed then was never there.
+    """
+    batch_size = work.job.encoders.batch_size(work.folder.feature)
+    with closing(work.claims), Crew() as crew:
+        encoded_shards: Channel[tuple[int, Channel[EncodedBatch]]] = crew.channel(1)
+        crew.start("write", lambda: write_shards(work, encoded_shards))
+        for shard, rows in prepare_shards(crew, work.preparer, work.claims, work.job.decode_workers):
+            batches: Channel[EncodedBatch] = crew.channel(max(2, _CLIPS_TO_WRITE // batch_size))
+            encoded_shards.put((shard, batches))
+            with machine_faults(f"{work.job.storage.root}: encoding shard {shard} of {work.folder.feature}"):
+                for batch in in_batches(rows, batch_size):
+                    batches.put(encode_batch(work.encoder, batch))
+            batches.close()
+        encoded_shards.close()
+
+
+def encode_batch(encoder: Encoder, batch: Sequence[Prepared]) -> EncodedBatch:
+    """Encode the clips of a batch at once and let go of their pixels."""
+    ready = [row.item for row in batch if isinstance(row, Ready)]
+    pending = start_encoding(encoder, ready)
+    rows = tuple(row.without_input() if isinstance(row, Ready) else row for row in batch)
+    return EncodedBatch(rows=rows, pending=pending)
+
+
+def write_shards(work: FeatureWork, encoded_shards: Iterable[tuple[int, Iterable[EncodedBatch]]]) -> None:
+    """Write and commit shards as they are encoded: the work of the writing thread."""
+    for shard, batches in encoded_shards:
+        write_shard(work, shard, batches)
+        work.claims.finished(shard)
+
+
+def write_shard(work: FeatureWork, shard: int, batches: Iterable[EncodedBatch]) -> None:
+    """Write and commit one shard; nothing of it is visible before the commit."""
+    job, folder, outcome, progress = work.job, work.folder, work.outcome, work.progress
     where = f"{job.storage.root}: writing shard {shard} of {folder.feature}"
-    with machine_faults(where), log.shard(folder.feature, shard) as entry, job.storage.temporary() as temporary:
+    with machine_faults(where), work.log.shard(folder.feature, shard) as entry, job.storage.temporary() as temporary:
         writer = ShardWriter(temporary, shard)
-        rows = prepare_ahead(preparer, clips, job.decode_workers)
-        for batch in in_batches(rows, job.encoders.batch_size(folder.feature)):
-            encode_batch(spec, encoder, batch, writer, outcome)
-            progress.advance(len(batch), quarantined=writer.num_quarantined)
+        for batch in batches:
+            write_batch(work.spec, batch, writer, outcome)
+            progress.advance(len(batch.rows), quarantined=writer.num_quarantined)
         finished = writer.finish()
         result = commit_shard(
             folder,
             temporary,
             finished,
             shard=shard,
-            fingerprint=spec.fingerprint,
+            fingerprint=work.spec.fingerprint,
             plan_seal=job.plan.file_of(shard).seal,
         )
         if result == "other":
@@ -207,22 +283,19 @@ def encode_shard(
         progress.shard_done(shard, nbytes=finished.nbytes, quarantined=writer.num_quarantined)
 
 
-def encode_batch(
-    spec: FeatureSpec, encoder: Encoder, batch: Sequence[Prepared], writer: ShardWriter, outcome: FeatureOutcome
-) -> None:
-    """Encode the clips of a batch at once, then write all its rows in order."""
-    ready: list[EncoderInput] = [row.item for row in batch if isinstance(row, Ready)]
-    encoded = iter(encoder.encode(ready) if ready else ())
-    for row in batch:
+def write_batch(spec: FeatureSpec, batch: EncodedBatch, writer: ShardWriter, outcome: FeatureOutcome) -> None:
+    """Check and write all rows of a batch in order, once the device has finished it."""
+    encoded = iter(batch.pending.result())
+    for row in batch.rows:
         match row:
-            case Ready():
+            case Sent():
                 specs = spec.tensor_specs(row.bucket or "")
                 writer.add(row.clip, next(encoded), specs, bucket=row.bucket, source_xxh3=row.source_xxh3)
                 outcome.encoded += 1
             case Copied():
                 bucket, source_xxh3 = row.original.bucket, row.original.source_xxh3
                 specs = spec.tensor_specs(bucket or "")
-                writer.add(row.clip, row.encoded, specs, bucket=bucket, source_xxh3=source_xxh3)
+                writer.add(row.clip, row.read(), specs, bucket=bucket, source_xxh3=source_xxh3)
                 outcome.copied += 1
             case Rejected():
                 writer.add_quarantined(row.clip, row.rejection, bucket=row.bucket, source_xxh3=row.source_xxh3)

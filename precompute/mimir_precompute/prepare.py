@@ -2,22 +2,22 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mimir_precompute.clip_source import hash_source
 from mimir_precompute.clips import ClipDecoder
 from mimir_precompute.config import Geometry
 from mimir_precompute.encoders.base import Encoded, EncoderInput
+from mimir_precompute.overlap import Channel, Crew
 from mimir_precompute.rejection import ClipRejected, RejectionReason
 from mimir_precompute.shard_writer import caption_hash
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.feature_folder import FeatureFolder
-from mimir_shared.features import FeatureName
 from mimir_shared.manifest import CommitRecord, SampleRecord
 from mimir_shared.plan_file import Plan, PlannedClip
+from mimir_shared.storage import machine_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,37 @@ class Ready:
     bucket: str | None
     source_xxh3: int | None
 
+    def without_input(self) -> "Sent":
+        """What is kept once the encoder has the input."""
+        return Sent(clip=self.clip, bucket=self.bucket, source_xxh3=self.source_xxh3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A clip that the encoder has."""
+
+    clip: PlannedClip
+    bucket: str | None
+    source_xxh3: int | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Copied:
-    """A clip whose feature was made before from the same input."""
+    """A clip whose feature was made before from the same input; it is read when it is written."""
 
     clip: PlannedClip
     original: SampleRecord
-    encoded: Encoded
+    record: CommitRecord
+    """The commit record that has `original`."""
+    folder: FeatureFolder
+
+    def read(self) -> Encoded:
+        """The feature as it was made. Raises: CacheError where it is damaged."""
+        document, tensors = self.folder.read_sample(self.record, self.original)
+        valid_rows = document.pop("valid_rows", {})
+        for name in ("key", "caption", "bucket"):
+            document.pop(name, None)
+        return Encoded(tensors=tensors, document=document, valid_rows=valid_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +74,47 @@ class Rejected:
 
 Prepared = Ready | Copied | Rejected
 
+Slot = Channel[Prepared]
+"""Where a clip is put once it is prepared."""
+
+_SPARE = 2
+"""Clips that may wait, prepared, beyond those in the threads."""
+
+
+class Claims(Protocol):
+    """Which shards this worker is to make, one after the other. Called from two threads."""
+
+    def next(self) -> int | None:
+        """Claim a shard; waits while other workers have all the rest. None when nothing is left to do, or closed."""
+        ...
+
+    def finished(self, shard: int) -> None:
+        """Say that a claimed shard is committed."""
+        ...
+
+    def close(self) -> None:
+        """Let go of all claims, and end a wait in `next`. May be called twice."""
+        ...
+
+
+class ListedShards:
+    """Claims without anyone to share with: a list of shards, in order."""
+
+    def __init__(self, shards: Iterable[int]) -> None:
+        self._shards = deque(shards)
+
+    def next(self) -> int | None:
+        return self._shards.popleft() if self._shards else None
+
+    def finished(self, shard: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._shards.clear()
+
 
 class ClipPreparer:
-    """Prepares the rows of a plan for one feature. Called from several threads at once."""
+    """Prepares the rows of a plan for one feature, shard by shard."""
 
     def __init__(
         self,
@@ -63,41 +124,51 @@ class ClipPreparer:
         answers: FeatureFolder | None,
         decoder: ClipDecoder,
     ) -> None:
-        self._plan = plan
-        self._geometry = geometry
-        self._folder = folder
-        self._answers = answers
-        self._decoder = decoder
-        self._root = Path(plan.settings.source_root)
-        self._done = folder.generations()
-        self._records: dict[tuple[FeatureName, int], CommitRecord] = {}
+        self.plan = plan
+        self.geometry = geometry
+        self.folder = folder
+        self.answers = answers
+        self.decoder = decoder
+        self.root = Path(plan.settings.source_root)
+        self.done = folder.generations()
 
-    def start_shard(self, shard: int) -> None:
+    def for_shard(self, shard: int) -> "ShardPreparer":
         """Read what the rows of a shard depend on. Raises InputError where `answers` has not been made."""
-        self._records = {}
-        if self._answers is not None:
-            generation = self._answers.generations().get(shard)
-            if generation is None:
-                raise InputError(
-                    f"{self._answers.storage.root}: shard {shard} has no `answers` yet, from which `llm` is made; "
-                    f"encode both: --features answers,llm"
-                )
-            self._records["answers", shard] = self._answers.read_record(shard, generation)
+        if self.answers is None:
+            return ShardPreparer(self, shard, None)
+        generation = self.answers.generations().get(shard)
+        if generation is None:
+            raise InputError(
+                f"{self.answers.storage.root}: shard {shard} has no `answers` yet, from which `llm` is made; "
+                f"encode both: --features answers,llm"
+            )
+        return ShardPreparer(self, shard, self.answers.read_record(shard, generation))
+
+
+class ShardPreparer:
+    """Prepares the rows of one shard. Called from several threads at once."""
+
+    def __init__(self, feature: ClipPreparer, shard: int, answers: CommitRecord | None) -> None:
+        self.clips = feature.plan.shard_clips(shard)
+        """What the shard is to hold, in row order."""
+        self._feature = feature
+        self._answers = answers
+        self._older_records: dict[int, CommitRecord] = {}
 
     def prepare(self, clip: PlannedClip) -> Prepared:
         """Fetch, decode or copy one row. A fault of the clip makes it Rejected; one of the machine raises."""
         source_xxh3 = None
         try:
-            if self._plan.is_superseded(clip):
+            if self._feature.plan.is_superseded(clip):
                 raise ClipRejected("plan", "superseded", "a later plan changed or removed this clip")
-            if self._folder.feature == "latents":
-                source = find_source(self._root, clip)
-                older = self._plan.older_rows(clip)
+            if self._feature.folder.feature == "latents":
+                source = find_source(self._feature.root, clip)
+                older = self._feature.plan.older_rows(clip)
                 if older:
                     source_xxh3 = hash_source(source)
                 copied = self._copy(clip, older, source_xxh3)
                 return copied if copied is not None else self._decode(clip, source)
-            copied = self._copy(clip, self._plan.older_rows(clip), None)
+            copied = self._copy(clip, self._feature.plan.older_rows(clip), None)
             return copied if copied is not None else self._text(clip)
         except ClipRejected as rejection:
             if source_xxh3 is None:
@@ -105,7 +176,8 @@ class ClipPreparer:
             return Rejected(clip=clip, rejection=rejection, source_xxh3=source_xxh3)
 
     def _decode(self, clip: PlannedClip, source: Path | bytes) -> Ready:
-        pixels = self._decoder.decode(source, geometry=self._geometry, start_s=clip.start_s, end_s=clip.end_s)
+        decoder, geometry = self._feature.decoder, self._feature.geometry
+        pixels = decoder.decode(source, geometry=geometry, start_s=clip.start_s, end_s=clip.end_s)
         return Ready(
             clip=clip,
             item=EncoderInput(key=clip.key, caption=clip.caption, clip_pixels=pixels.pixels),
@@ -116,41 +188,78 @@ class ClipPreparer:
     def _text(self, clip: PlannedClip) -> Ready:
         answers: Mapping[str, Any] | None = None
         if self._answers is not None:
-            record = self._records["answers", clip.shard]
-            sample = record.samples[clip.row]
+            assert self._feature.answers is not None, "a record of a folder"
+            sample = self._answers.samples[clip.row]
             if sample.status != "ok":
                 reason: RejectionReason = sample.reason  # type: ignore[assignment]  # our own record
                 raise ClipRejected("answers", reason, sample.detail or "")
-            answers, _ = self._answers.read_sample(record, sample)
+            answers, _ = self._feature.answers.read_sample(self._answers, sample)
         item = EncoderInput(key=clip.key, caption=clip.caption, answers=answers)
         return Ready(clip=clip, item=item, bucket=None, source_xxh3=None)
 
     def _copy(self, clip: PlannedClip, older: Iterable[PlannedClip], source_xxh3: int | None) -> Copied | None:
         """The feature of an earlier row of this key that was made from the same input."""
         for earlier in older:
-            generation = self._done.get(earlier.shard)
+            generation = self._feature.done.get(earlier.shard)
             if generation is None:
                 continue
-            if (self._folder.feature, earlier.shard) not in self._records:
-                record = self._folder.read_record(earlier.shard, generation)
-                self._records[self._folder.feature, earlier.shard] = record
-            record = self._records[self._folder.feature, earlier.shard]
+            if earlier.shard not in self._older_records:
+                self._older_records[earlier.shard] = self._feature.folder.read_record(earlier.shard, generation)
+            record = self._older_records[earlier.shard]
             sample = record.samples[earlier.row]
-            if self._folder.feature == "latents":
+            if self._feature.folder.feature == "latents":
                 trim = (clip.start_s, clip.end_s) == (earlier.start_s, earlier.end_s)
                 same = trim and sample.source_xxh3 == source_xxh3
             else:
                 same = sample.caption_xxh3 == caption_hash(clip.caption)
             if same and sample.status == "ok":
-                return Copied(clip=clip, original=sample, encoded=self._read_encoded(record, sample))
+                return Copied(clip=clip, original=sample, record=record, folder=self._feature.folder)
         return None
 
-    def _read_encoded(self, record: CommitRecord, sample: SampleRecord) -> Encoded:
-        document, tensors = self._folder.read_sample(record, sample)
-        valid_rows = document.pop("valid_rows", {})
-        for name in ("key", "caption", "bucket"):
-            document.pop(name, None)
-        return Encoded(tensors=tensors, document=document, valid_rows=valid_rows)
+
+def prepare_shards(
+    crew: Crew, preparer: ClipPreparer, claims: Claims, workers: int
+) -> Iterator[tuple[int, Iterator[Prepared]]]:
+    """Prepare the rows of claimed shards in threads: (shard, its rows), all in order.
+
+    Never more than a few clips are ahead of the one that is taken, whatever shard they are of. Each shard's rows are
+    to be taken to their end before the next shard is asked for.
+    """
+    shards: Channel[tuple[int, Channel[Slot]]] = crew.channel(workers + _SPARE)
+    # a ticket for each clip that was handed to a thread and not taken yet
+    tickets: Channel[None] = crew.channel(workers + _SPARE)
+    todo: Channel[tuple[ShardPreparer, PlannedClip, Slot]] = crew.channel(workers + _SPARE)
+
+    def claim_and_assign() -> None:
+        # not in the thread that encodes: a claim may wait for other workers while clips of ours are still to be encoded
+        for shard in iter(claims.next, None):
+            shard_preparer = preparer.for_shard(shard)
+            slots: Channel[Slot] = crew.channel(workers + _SPARE)
+            shards.put((shard, slots))
+            for clip in shard_preparer.clips:
+                tickets.put(None)
+                slot: Slot = crew.channel(1)
+                slots.put(slot)
+                todo.put((shard_preparer, clip, slot))
+            slots.close()
+        shards.close()
+        todo.close()
+
+    def prepare() -> None:
+        for shard_preparer, clip, slot in todo:
+            with machine_faults(f"{preparer.folder.storage.root}: preparing clip {clip.key!r}"):
+                slot.put(shard_preparer.prepare(clip))
+
+    def take(slots: Channel[Slot]) -> Iterator[Prepared]:
+        for slot in slots:
+            yield slot.get()
+            tickets.get()
+
+    crew.start("claim", claim_and_assign, wake=claims.close)
+    for number in range(workers):
+        crew.start(f"prepare-{number}", prepare)
+    for shard, slots in shards:
+        yield shard, take(slots)
 
 
 def find_source(root: Path, clip: PlannedClip) -> Path | bytes:
@@ -177,38 +286,25 @@ def find_source(root: Path, clip: PlannedClip) -> Path | bytes:
     return data
 
 
-def prepare_ahead(preparer: ClipPreparer, clips: Iterable[PlannedClip], workers: int) -> Iterator[Prepared]:
-    """Prepare clips in threads, in order, never more than a few beyond the one that is taken."""
-    ahead = workers + 2
-    with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
-        queue: deque[Future[Prepared]] = deque()
-        try:
-            for clip in clips:
-                queue.append(pool.submit(preparer.prepare, clip))
-                if len(queue) > ahead:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
-        finally:
-            for future in queue:
-                future.cancel()
-
-
 def in_batches(prepared: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepared]]:
     """Cut a shard's rows where the clips to be encoded are `batch_size`, or their bucket changes.
 
-    Rows stay in order, those that need no encoder among them.
+    Rows stay in order, those that need no encoder among them. A batch is handed out once it is full: nothing waits
+    for a row that follows.
     """
     batch: list[Prepared] = []
     bucket: str | None = None
     ready = 0
     for row in prepared:
         if isinstance(row, Ready):
-            if ready and (ready == batch_size or row.bucket != bucket):
+            if ready and row.bucket != bucket:
                 yield batch
                 batch, ready = [], 0
             bucket = row.bucket
             ready += 1
         batch.append(row)
+        if ready in (0, batch_size):
+            yield batch
+            batch, ready = [], 0
     if batch:
         yield batch

@@ -173,12 +173,14 @@ class Plan:
         if len(self.files) == 1:
             return []
         if self._places is None:
-            self._places = {}
+            places: dict[str, list[tuple[int, int]]] = {}
             for index, file in enumerate(self.files):
                 columns = (file.table["key"].to_pylist(), file.table["removed"].to_pylist())
                 for position, (key, removed) in enumerate(zip(*columns, strict=True)):
                     if not removed:
-                        self._places.setdefault(key, []).append((index, position))
+                        places.setdefault(key, []).append((index, position))
+            # whole before another thread sees it
+            self._places = places
         found = []
         for index, position in reversed(self._places.get(clip.key, [])):
             (row,) = self.files[index].table.select(list(_FIELDS)).slice(position, 1).to_pylist()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -53,3 +53,37 @@ class Encoder(Protocol):
     def close(self) -> None:
         """Free the model's memory."""
         ...
+
+
+class Pending(Protocol):
+    """A batch that a device may still be encoding."""
+
+    def result(self) -> list[Encoded]:
+        """Wait for the device and hand out the features. Called once, perhaps from another thread."""
+        ...
+
+
+@runtime_checkable
+class AsynchronousEncoder(Encoder, Protocol):
+    """An encoder whose device computes while the caller goes on: the next batch starts while this one is written."""
+
+    def start(self, batch: Sequence[EncoderInput]) -> Pending:
+        """Begin what `encode` does and let go of the inputs. Waits itself where the device has enough to do."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch that is encoded already."""
+
+    encoded: list[Encoded]
+
+    def result(self) -> list[Encoded]:
+        return self.encoded
+
+
+def start_encoding(encoder: Encoder, batch: Sequence[EncoderInput]) -> Pending:
+    """Encode a batch, in the background where the encoder can; an empty one is nobody's work."""
+    if not batch:
+        return Done([])
+    return encoder.start(batch) if isinstance(encoder, AsynchronousEncoder) else Done(encoder.encode(batch))
