@@ -62,8 +62,9 @@ def encode_fake(feature: FeatureName, item: EncoderInput, salt: str = "") -> Enc
     count = min(len(words), T5_ROWS)
     if feature == "latents":
         assert item.clip_pixels is not None
-        pixels = item.clip_pixels[::4, ::4, ::4, :1].astype(np.float32) / 127.5 - 1
-        mean = np.moveaxis(np.repeat(pixels, 4, axis=3), 3, 0)  # (C, T, h, w)
+        pixels = item.clip_pixels[::4, ::4, ::4].astype(np.float32) / 127.5 - 1
+        mean = np.moveaxis(pixels[..., [0, 1, 2, 0]], 3, 0) * np.float32([[[[1]]], [[[2]]], [[[3]]], [[[-1]]]])
+        mean[..., 0, :] *= 0.5  # as the zero padding of a convolution shows at an edge: no clip is constant
         return Encoded(tensors={"vae_moments": bf16(np.concatenate([mean, np.full_like(mean, -6.0)]))})
     if feature == "t5":
         embeds = normal(f"t5{salt}{item.caption}", T5_ROWS, T5_WIDTH)
@@ -103,7 +104,7 @@ class FakeEncoders:
     clip_s: float = 0.0
     """Seconds that each clip takes, to be killed in."""
     poison: Mapping[str, str] = field(default_factory=dict)
-    """key → "nan" or "shape": what the encoder does wrong to that clip."""
+    """key → "nan", "shape" or "constant VALUE": what the encoder does wrong to that clip."""
     encoded: list[tuple[FeatureName, str]] = field(default_factory=list)
     built: list[FeatureName] = field(default_factory=list)
 
@@ -155,6 +156,8 @@ def _spoil(encoded: Encoded, how: str | None) -> Encoded:
     array = encoded.tensors[name].array.copy()
     if how == "nan":
         array.flat[0] = 0x7FC0
+    if how.startswith("constant"):
+        array[...] = float32_to_bf16_bits(np.float32(how.removeprefix("constant")))
     tensor = FeatureTensor(array[:-1] if how == "shape" else array, encoded.tensors[name].dtype)
     return Encoded(tensors={**encoded.tensors, name: tensor}, document=encoded.document, valid_rows=encoded.valid_rows)
 

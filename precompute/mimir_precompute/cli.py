@@ -9,6 +9,7 @@ from mimir_precompute.cli_cache import add_commands
 from mimir_precompute.cli_options import (
     WHAT,
     WHERE,
+    AcceptQuarantineOption,
     AnswerVariantsOption,
     BucketOption,
     Cache,
@@ -24,6 +25,7 @@ from mimir_precompute.cli_options import (
     LimitOption,
     LlmLayerOption,
     LlmOption,
+    MaxQuarantinedOption,
     ModelsOption,
     PresetOption,
     RemovalsOption,
@@ -125,8 +127,8 @@ def encode(
     device: DeviceOption = "auto",
     decode_workers: Annotated[int, typer.Option(help="Threads that decode clips ahead.", min=1, rich_help_panel=WHERE)]
     = 2,
-    max_quarantined: Annotated[float, typer.Option(help="Share of unusable clips above which the exit code is 3.",
-                                                   min=0, max=1, rich_help_panel=WHERE)] = 0.01,
+    max_quarantined: MaxQuarantinedOption = 0.01,
+    accept_quarantine: AcceptQuarantineOption = False,
     on_mismatch: Annotated[str, typer.Option(help="error, or new: keep features made otherwise side by side.",
                                              rich_help_panel=WHERE)] = "error",
 ) -> None:  # fmt: skip
@@ -163,6 +165,7 @@ def encode(
         output_format=output_format,
         decode_workers=decode_workers,
         max_quarantined=max_quarantined,
+        accept_quarantine=accept_quarantine,
         on_mismatch=on_mismatch,
     )
     echo(describe_outcome(cache, run_encode(request)))

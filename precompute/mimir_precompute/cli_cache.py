@@ -15,7 +15,7 @@ from mimir_shared.command_line import echo
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (status, verify, finalize, inspect, diff):
+    for command in (status, verify, quarantine, finalize, inspect, diff):
         app.command()(command)
 
 
@@ -39,6 +39,27 @@ def verify(cache: CacheArgument, as_json: Json = False) -> None:
     echo(json.dumps(report.to_json()) if as_json else describe_verification(cache, report))
     if not report.ok:
         raise typer.Exit(4)
+
+
+def quarantine(
+    cache: CacheArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the ledger to this file, as one Parquet table.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the clips that could not be used: where they failed, why, and how often they were tried."""
+    from dataclasses import asdict
+
+    from mimir_precompute.messages import describe_ledger
+    from mimir_precompute.quarantine import ledger_parquet, read_ledger
+    from mimir_shared.storage import machine_faults, open_storage
+
+    lines = read_ledger(open_storage(cache))
+    if out is not None:
+        with machine_faults(f"{out}: writing"):
+            out.write_bytes(ledger_parquet(lines))
+    echo(json.dumps([asdict(line) for line in lines]) if as_json else describe_ledger(cache, lines, out))
 
 
 def finalize(

@@ -111,6 +111,17 @@ InstructionPoolingOption = Annotated[
                  "it is answered from.", rich_help_panel=MODELS),
 ]  # fmt: skip
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=WHERE)]
+MaxQuarantinedOption = Annotated[
+    float,
+    typer.Option("--max-quarantined", help="Share of unusable clips above which the exit code is 3.", min=0, max=1,
+                 rich_help_panel=WHERE),
+]  # fmt: skip
+AcceptQuarantineOption = Annotated[
+    bool,
+    typer.Option("--accept-quarantine", help="Commit a shard even if half of its clips, and 8 or more, cannot be used; "
+                 "without it that stops the run (exit code 5), for it looks like a broken mount.",
+                 rich_help_panel=WHERE),
+]  # fmt: skip
 
 
 def plan_request(

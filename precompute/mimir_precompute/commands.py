@@ -39,6 +39,7 @@ class EncodeRequest:
     output_format: str
     decode_workers: int
     max_quarantined: float
+    accept_quarantine: bool
     on_mismatch: str
 
 
@@ -90,6 +91,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
         features=features,
         on_mismatch=on_mismatch,
         max_quarantined=request.max_quarantined,
+        accept_quarantine=request.accept_quarantine,
         decode_workers=request.decode_workers,
     )
     with leave_on_sigterm(storage):

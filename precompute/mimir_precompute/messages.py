@@ -1,13 +1,19 @@
 """What the commands of stage one print for people; what they print for programs is JSON, made where the facts are."""
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mimir_precompute.diff import CacheDifference
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
+from mimir_precompute.quarantine import QuarantinedClip
 from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import VerifyReport
 from mimir_shared.features import FEATURES
+
+_LEDGER_LINES = 50
 
 
 def describe_plan(report: PlanReport, *, dry_run: bool = False) -> str:
@@ -62,11 +68,27 @@ def describe_status(cache: str, status: CacheStatus) -> str:
             lines.append(
                 f"{name:<9}{one.fingerprint:<14}{shards:>12}{one.ok:>9}{one.quarantined:>13}{one.bytes / 1e6:>11.1f}"
             )
-    for (feature, stage, reason), count in sorted(status.quarantine.items()):
-        lines.append(f"quarantined in {feature}: {count} at {stage}: {reason}")
+    for name in FEATURES:
+        for one in status.features.get(name, []):
+            which = f" {one.fingerprint}" if len(status.features[name]) > 1 else ""
+            for why, count in sorted(one.reasons.items()):
+                lines.append(f"quarantined in {name}{which}: {count} at {why}")
     if status.snapshots:
         lines.append(f"snapshots: {', '.join(digest[:12] for digest in status.snapshots)} (newest last)")
     return "\n".join(lines)
+
+
+def describe_ledger(cache: str, lines: Sequence[QuarantinedClip], out: Path | None) -> str:
+    """The table of `quarantine`, and where the file of it went."""
+    shown = [f"{cache}: {len(lines)} quarantined clips{f', written to {out}' if out else ''}"]
+    for (feature, stage, reason), count in sorted(Counter((x.feature, x.stage, x.reason) for x in lines).items()):
+        shown.append(f"  {feature}: {count} at {stage}: {reason}")
+    for line in lines[:_LEDGER_LINES]:
+        tries = "" if line.attempt is None else f" (tried {line.attempt} {'time' if line.attempt == 1 else 'times'})"
+        shown.append(f"{line.key}: {line.feature} {line.stage}: {line.reason}: {line.detail}{tries}")
+    if len(lines) > _LEDGER_LINES:
+        shown.append(f"… and {len(lines) - _LEDGER_LINES} more (--out FILE.parquet or --json has all)")
+    return "\n".join(shown)
 
 
 def describe_verification(cache: str, report: VerifyReport) -> str:

@@ -28,6 +28,7 @@ from mimir_precompute.prepare import (
 )
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
+from mimir_precompute.quarantine import feature_ledger, refuse_mass_loss
 from mimir_precompute.shard_writer import ShardWriter
 from mimir_shared.errors import CacheError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
@@ -73,6 +74,8 @@ class EncodeJob:
     on_mismatch: Literal["error", "new"] = "error"
     max_quarantined: float = 0.01
     """Share of the clips in `shards` above which the call fails, after all is committed."""
+    accept_quarantine: bool = False
+    """Commit shards even if half of their clips are lost."""
     decode_workers: int = 2
     decoder: ClipDecoder = field(default_factory=DecodeInProcess)
     """How clips are decoded; whoever made it closes it."""
@@ -263,6 +266,8 @@ def write_shard(work: FeatureWork, shard: int, batches: Iterable[EncodedBatch]) 
             write_batch(work.spec, batch, writer, outcome)
             progress.advance(len(batch.rows), quarantined=writer.num_quarantined)
         finished = writer.finish()
+        if not job.accept_quarantine:
+            refuse_mass_loss(where, finished.samples)
         result = commit_shard(
             folder,
             temporary,
@@ -336,13 +341,8 @@ def quarantined_clips(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) 
     found: dict[str, str] = {}
     for feature in job.features:
         folder = FeatureFolder(job.storage, feature, specs[feature].fingerprint)
-        generations = folder.generations()
-        for shard in job.shards:
-            metadata, _ = folder.read_record_metadata(shard, generations[shard])
-            if metadata.quarantined:
-                for sample in folder.read_record(shard, generations[shard]).samples:
-                    if sample.status == "quarantined" and sample.reason != "superseded":
-                        found.setdefault(sample.key, f"{sample.stage}: {sample.reason}")
+        for line in feature_ledger(job.plan, folder, frozenset(job.shards)):
+            found.setdefault(line.key, f"{line.stage}: {line.reason}")
     return found
 
 

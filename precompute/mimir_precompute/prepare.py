@@ -12,7 +12,7 @@ from mimir_precompute.config import Geometry
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.overlap import Channel, Crew
 from mimir_precompute.rejection import ClipRejected, RejectionReason
-from mimir_precompute.shard_writer import caption_hash
+from mimir_precompute.shard_writer import answers_hash, caption_hash
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.manifest import CommitRecord, SampleRecord
@@ -187,6 +187,7 @@ class ShardPreparer:
 
     def _text(self, clip: PlannedClip) -> Ready:
         answers: Mapping[str, Any] | None = None
+        source_xxh3 = None
         if self._answers is not None:
             assert self._feature.answers is not None, "a record of a folder"
             sample = self._answers.samples[clip.row]
@@ -194,8 +195,9 @@ class ShardPreparer:
                 reason: RejectionReason = sample.reason  # type: ignore[assignment]  # our own record
                 raise ClipRejected("answers", reason, sample.detail or "")
             answers, _ = self._feature.answers.read_sample(self._answers, sample)
+            source_xxh3 = answers_hash(sample)
         item = EncoderInput(key=clip.key, caption=clip.caption, answers=answers)
-        return Ready(clip=clip, item=item, bucket=None, source_xxh3=None)
+        return Ready(clip=clip, item=item, bucket=None, source_xxh3=source_xxh3)
 
     def _copy(self, clip: PlannedClip, older: Iterable[PlannedClip], source_xxh3: int | None) -> Copied | None:
         """The feature of an earlier row of this key that was made from the same input."""

@@ -1,10 +1,13 @@
 """Why a clip cannot be used: the closed list behind every quarantined row. Imports nothing, so that anyone may."""
 
-from typing import Literal
+from typing import Final, Literal
 
 RejectionStage = Literal["plan", "fetch", "decode", "geometry", "encode", "answers"]
 """plan: a later plan replaced or removed the row; fetch: getting the bytes; decode: from bytes to frames; geometry:
 frames that fill no bucket; encode: the model's output cannot be kept; answers: the clip failed in that feature."""
+
+UNTRIED_STAGES: Final[frozenset[str]] = frozenset(("plan", "answers"))
+"""Where a row follows from a later plan or from another feature: there was nothing to try, and nothing is lost anew."""
 
 RejectionReason = Literal[
     "missing",
@@ -22,8 +25,10 @@ RejectionReason = Literal[
     "superseded",
     "wrong_shape",
     "nonfinite",
+    "constant",
 ]
-"""crashed_decoder, timeout and out_of_memory: decode_sandbox.py says when a clip is blamed for them."""
+"""superseded: a later plan changed or removed the clip; wrong_shape, nonfinite, constant: what a model made of it;
+crashed_decoder, timeout and out_of_memory: decode_sandbox.py says when a clip is blamed for them."""
 
 
 class ClipRejected(Exception):

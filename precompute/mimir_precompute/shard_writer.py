@@ -8,7 +8,7 @@ import numpy as np
 import xxhash
 
 from mimir_precompute.encoders.base import Encoded
-from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.rejection import UNTRIED_STAGES, ClipRejected
 from mimir_shared.features import FeatureTensor, TensorSpec
 from mimir_shared.formats.webdataset import WebDatasetWriter
 from mimir_shared.manifest import SampleRecord, TensorStatistics
@@ -32,8 +32,16 @@ def caption_hash(caption: str) -> int:
     return xxhash.xxh3_64_intdigest(caption.encode())
 
 
+def answers_hash(sample: SampleRecord) -> int:
+    """What an ok sample of `answers` is to `llm`: the `source_xxh3` of what is made from it."""
+    assert sample.stored is not None, f"the answers to {sample.key!r} are {sample.status}: they have no text"
+    return sample.stored.json_xxh3
+
+
 def check_tensors(tensors: Mapping[str, FeatureTensor], specs: Sequence[TensorSpec]) -> None:
-    """Let no tensor into the cache that departs from its spec or is not finite.
+    """Let no tensor into the cache that departs from its spec, is not finite, or has one value throughout.
+
+    A black or white clip is not constant after a VAE: the zero padding at the edges of its convolutions shows.
 
     Raises: ClipRejected at stage "encode" that names the tensor.
     """
@@ -46,17 +54,30 @@ def check_tensors(tensors: Mapping[str, FeatureTensor], specs: Sequence[TensorSp
         if mismatch is not None:
             raise ClipRejected("encode", "wrong_shape", mismatch)
         if tensor.dtype != "i32":
-            bad = int(np.count_nonzero(~np.isfinite(tensor.to_float32())))
+            values = tensor.to_float32()
+            bad = int(np.count_nonzero(~np.isfinite(values)))
             if bad:
                 raise ClipRejected(
-                    "encode", "nonfinite", f"{spec.name!r} has {bad} NaN or infinite of {tensor.array.size} values"
+                    "encode", "nonfinite", f"{spec.name!r} has {bad} NaN or infinite of {values.size} values"
+                )
+            # of moments the means alone: a log-variance may lie at its lower limit everywhere
+            what, judged = ("the means of ", values[: len(values) // 2]) if spec.dims[0] == "2C" else ("", values)
+            if judged.size > 1 and bool((judged == judged.flat[0]).all()):
+                raise ClipRejected(
+                    "encode", "constant", f"{what}{spec.name!r} have the one value {judged.flat[0]:g} throughout"
                 )
 
 
 class ShardWriter:
     """Writes the samples of one shard in row order and keeps count of what became of each clip."""
 
-    def __init__(self, temporary: TemporaryFile, shard: int) -> None:
+    def __init__(self, temporary: TemporaryFile, shard: int, tries_before: Mapping[int, int] | None = None) -> None:
+        """For one shard, written to an open file.
+
+        Args:
+            tries_before: row → how many times its clip was tried and quarantined, in earlier generations.
+        """
+        self._tries_before = tries_before or {}
         self._format = WebDatasetWriter(temporary.file, shard)
         self._samples: list[SampleRecord] = []
         self._statistics: dict[str, StatisticsBuilder] = {}
@@ -98,7 +119,8 @@ class ShardWriter:
     def add_quarantined(
         self, clip: PlannedClip, rejection: ClipRejected, *, bucket: str | None = None, source_xxh3: int | None = None
     ) -> None:
-        """Record a clip that could not be used."""
+        """Record a clip that could not be used; this was one try more, unless there was nothing to try."""
+        attempt = None if rejection.stage in UNTRIED_STAGES else self._tries_before.get(clip.row, 0) + 1
         self._samples.append(
             SampleRecord(
                 row=clip.row,
@@ -107,11 +129,17 @@ class ShardWriter:
                 stage=rejection.stage,
                 reason=rejection.reason,
                 detail=rejection.detail,
+                attempt=attempt,
                 bucket=bucket,
                 source_xxh3=source_xxh3,
                 caption_xxh3=caption_hash(clip.caption),
             )
         )
+
+    def add_untried(self, original: SampleRecord) -> None:
+        """Take over a quarantined row of an earlier generation as it stands there."""
+        assert original.status == "quarantined", f"row {original.row} is {original.status}: it has bytes to be copied"
+        self._samples.append(original)
 
     @property
     def num_quarantined(self) -> int:

@@ -1,6 +1,5 @@
 """How far a cache is: from its plan and its commit records alone, on any machine that sees them."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 from mimir_shared.feature_folder import find_features
@@ -17,6 +16,8 @@ class FeatureStatus:
     ok: int = 0
     quarantined: int = 0
     bytes: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """"stage: reason" → quarantined clips."""
 
 
 @dataclass(kw_only=True)
@@ -27,8 +28,6 @@ class CacheStatus:
     shards: int
     complete: bool = False
     features: dict[str, list[FeatureStatus]] = field(default_factory=dict)
-    quarantine: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    """(feature, stage, reason) → clips; shown to people only."""
     snapshots: list[str] = field(default_factory=list)
     """Digests, oldest first; shown to people only."""
 
@@ -57,7 +56,8 @@ def read_status(storage: LocalStorage) -> CacheStatus:
             if metadata.quarantined:
                 for sample in folder.read_record(shard, generation).samples:
                     if sample.status == "quarantined":
-                        status.quarantine[folder.feature, sample.stage or "", sample.reason or ""] += 1
+                        why = f"{sample.stage}: {sample.reason}"
+                        one.reasons[why] = one.reasons.get(why, 0) + 1
         status.features.setdefault(folder.feature, []).append(one)
     status.complete = bool(status.features) and all(
         any(one.shards_done == status.shards for one in many) for many in status.features.values()

@@ -88,9 +88,12 @@ class SampleRecord:
     """Where a quarantined clip failed: plan, fetch, decode, encode, or the feature that it depended on."""
     reason: str | None = None
     detail: str | None = None
+    attempt: int | None = None
+    """How many times a quarantined clip was tried; None where it is ok, and where there was nothing to try."""
     bucket: str | None = None
     source_xxh3: int | None = None
-    """Of the source's bytes, where the feature read them."""
+    """Of what the feature was made from besides the caption: the source's bytes (`latents`), the text of the clip's
+    `answers` (`llm`)."""
     caption_xxh3: int
     stored: StoredSample | None = None
 
@@ -114,6 +117,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("stage", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
+        pa.field("attempt", pa.int32()),
         pa.field("bucket", pa.string()),
         pa.field("source_xxh3", pa.uint64()),
         pa.field("caption_xxh3", pa.uint64(), nullable=False),
@@ -191,6 +195,7 @@ def _to_row(sample: SampleRecord) -> dict[str, object]:
         "stage": sample.stage,
         "reason": sample.reason,
         "detail": sample.detail,
+        "attempt": sample.attempt,
         "bucket": sample.bucket,
         "source_xxh3": sample.source_xxh3,
         "caption_xxh3": sample.caption_xxh3,

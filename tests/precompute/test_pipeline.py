@@ -23,12 +23,14 @@ from mimir_shared.storage import LocalStorage
 from tests.fake_encoders import FakeEncoders, encode_fake, tree
 
 
-def encode(clips: Path | None, cache: Path, encoders: FakeEncoders | None = None, **options: Any) -> EncodeOutcome:
+def encode(
+    clips: Path | None, cache: Path, encoders: FakeEncoders | None = None, *, shard_size: int = 5, **options: Any
+) -> EncodeOutcome:
     """Plan where clips are given, and encode with fake models, as the command does."""
     storage = LocalStorage(cache)
     if clips is not None:
         existing = read_plan(storage) if storage.list("plan") else None
-        request = PlanRequest(preset="tiny", shard_size=None if existing else 5)
+        request = PlanRequest(preset="tiny", shard_size=None if existing else shard_size)
         update_plan(storage, existing, read_clip_list(str(clips)), request)
     plan = read_plan(storage)
     job = EncodeJob(

@@ -18,8 +18,9 @@ from mimir_precompute.encoders.arrays import to_feature
 from mimir_precompute.encoders.base import EncoderInput
 from mimir_precompute.encoders.vae import VaeEncoder, clip_generator
 from mimir_precompute.model_files import resolve_model
+from mimir_precompute.shard_writer import check_tensors
 from mimir_shared.errors import InputError
-from mimir_shared.features import float32_to_bf16_bits
+from mimir_shared.features import TensorSpec, float32_to_bf16_bits
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -187,3 +188,18 @@ def test_a_damaged_vae_is_refused_in_one_line(
     with pytest.raises(InputError, match="model folder") as refusal:
         make_vae(folder)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("shade", [0, 128, 255])
+@pytest.mark.parametrize("frames", [1, 9])
+def test_a_clip_of_one_colour_is_let_into_the_cache(
+    make_vae: Callable[..., VaeEncoder], shade: int, frames: int
+) -> None:
+    # the gate against constant latents is for broken encoders, not for black clips
+    pixels = np.full((frames, 64, 96, 3), shade, np.uint8)
+    (encoded,) = make_vae().encode([EncoderInput(key="k", caption="", clip_pixels=pixels)])
+    moments = encoded.tensors["vae_moments"]
+    spec = TensorSpec(name="vae_moments", dtype="bf16", dims=("2C", "T", "h", "w"), sizes=moments.array.shape)
+    check_tensors(encoded.tensors, [spec])
+    means = moments.to_float32()[: len(moments.array) // 2]
+    assert all(channel.min() < channel.max() for channel in means)
