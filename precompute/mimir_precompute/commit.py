@@ -4,8 +4,6 @@ The record is created only where there is none: of two workers that made the sam
 and the other finds either the same bytes (all is well) or others (the first stay, and that is told).
 """
 
-import hashlib
-import os
 from typing import Literal
 
 from mimir_precompute.shard_writer import FinishedShard
@@ -34,7 +32,7 @@ def commit_shard(
         committed other bytes, which stay.
     """
     path = data_name(shard, finished.sha256, ENDING)
-    _publish_data(folder, temporary, f"{folder.directory}/{path}", finished)
+    folder.storage.publish_content(temporary, f"{folder.directory}/{path}", finished.sha256)
     ok = sum(sample.status == "ok" for sample in finished.samples)
     metadata = RecordMetadata(
         feature=folder.feature,
@@ -53,15 +51,3 @@ def commit_shard(
         return "committed"
     first, _ = folder.read_record_metadata(shard, generation)
     return "same" if first.files == metadata.files else "other"
-
-
-def _publish_data(folder: FeatureFolder, temporary: TemporaryFile, name: str, finished: FinishedShard) -> None:
-    if folder.storage.publish(temporary, name):
-        return
-    # The content name is taken: by the same bytes, unless that file was damaged since.
-    final = folder.storage.path(name)
-    with open(final, "rb") as file:
-        intact = hashlib.file_digest(file, "sha256").hexdigest() == finished.sha256
-    if not intact:
-        # No intact file has this name, so nothing that anyone relies on is lost.
-        os.replace(temporary.path, final)

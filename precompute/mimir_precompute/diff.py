@@ -10,7 +10,7 @@ from mimir_shared.feature_folder import FeatureFolder, select_features
 from mimir_shared.features import FEATURES, FeatureTensor
 from mimir_shared.fingerprint import differences
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 
 @dataclass(kw_only=True)
@@ -66,9 +66,7 @@ class CacheDifference:
         return {"equal": self.is_equal, **asdict(self)}
 
 
-def compare_caches(
-    a: LocalStorage, b: LocalStorage, wanted_a: Mapping[str, str], wanted_b: Mapping[str, str]
-) -> CacheDifference:
+def compare_caches(a: Storage, b: Storage, wanted_a: Mapping[str, str], wanted_b: Mapping[str, str]) -> CacheDifference:
     """Compare plans, identities and every clip that both hold.
 
     Args:
@@ -92,7 +90,7 @@ def compare_caches(
     )
 
 
-def _captions(storage: LocalStorage) -> dict[str, str]:
+def _captions(storage: Storage) -> dict[str, str]:
     plan = read_plan(storage)
     clips = (clip for shard in range(plan.num_shards) for clip in plan.shard_clips(shard))
     return {clip.key: clip.caption for clip in clips if not plan.is_superseded(clip)}

@@ -13,7 +13,7 @@ from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FeatureTensor
 from mimir_shared.manifest import SampleRecord
 from mimir_shared.plan_file import Plan, PlannedClip, read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 
 def find_clip(plan: Plan, key: str) -> PlannedClip:
@@ -33,7 +33,7 @@ def find_clip(plan: Plan, key: str) -> PlannedClip:
     return plan.shard_clips(shard)[row]
 
 
-def describe_clip(storage: LocalStorage, key: str) -> dict[str, Any]:
+def describe_clip(storage: Storage, key: str) -> dict[str, Any]:
     """Everything known of one clip, as plain JSON values."""
     plan = read_plan(storage)
     clip = find_clip(plan, key)
@@ -89,7 +89,7 @@ def _describe_tensor(tensor: FeatureTensor) -> dict[str, Any]:
     return described
 
 
-def read_clip_tensors(storage: LocalStorage, key: str, feature: str) -> Mapping[str, FeatureTensor]:
+def read_clip_tensors(storage: Storage, key: str, feature: str) -> Mapping[str, FeatureTensor]:
     """The tensors of one clip. Raises InputError where the cache has none of it."""
     clip = find_clip(read_plan(storage), key)
     for folder in find_features(storage):

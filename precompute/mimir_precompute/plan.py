@@ -13,7 +13,7 @@ from mimir_precompute.presets import find_preset
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.layout import plan_name
 from mimir_shared.plan_file import OWN_COLUMNS, Plan, PlanFile, PlanSettings, read_plan_file, write_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 DEFAULT_SHARD_SIZE = 256
 _REMOVAL_LIMIT = 0.5
@@ -73,7 +73,7 @@ def geometry_of(settings: PlanSettings) -> Geometry:
 
 
 def update_plan(
-    storage: LocalStorage, existing: Plan | None, clips: ClipList, request: PlanRequest, *, dry_run: bool = False
+    storage: Storage, existing: Plan | None, clips: ClipList, request: PlanRequest, *, dry_run: bool = False
 ) -> tuple[Plan | None, PlanReport]:
     """Compare the clips with the plan of a cache and append what differs.
 
@@ -167,7 +167,7 @@ def _newest_contents(plan: Plan) -> dict[str, tuple[Any, ...]]:
     return contents
 
 
-def _check_request(storage: LocalStorage, request: PlanRequest, previous: PlanSettings) -> None:
+def _check_request(storage: Storage, request: PlanRequest, previous: PlanSettings) -> None:
     """Raise CacheError where the request asks for another geometry than the plan has."""
     wanted: dict[str, tuple[object, object]] = {}
     if request.preset is not None and not request.buckets:
@@ -187,7 +187,7 @@ def _check_request(storage: LocalStorage, request: PlanRequest, previous: PlanSe
         )
 
 
-def _check_removals(storage: LocalStorage, existing: Plan, removed: list[str]) -> None:
+def _check_removals(storage: Storage, existing: Plan, removed: list[str]) -> None:
     planned = len(existing.newest_rows())
     if len(removed) > planned * _REMOVAL_LIMIT:
         raise InputError(
@@ -197,9 +197,7 @@ def _check_removals(storage: LocalStorage, existing: Plan, removed: list[str]) -
         )
 
 
-def _write(
-    storage: LocalStorage, settings: PlanSettings, clips: ClipList, fresh: list[int], removed: list[str]
-) -> PlanFile:
+def _write(storage: Storage, settings: PlanSettings, clips: ClipList, fresh: list[int], removed: list[str]) -> PlanFile:
     # A hash of the key, not a random generator: the shard of a clip does not depend on the order of the
     # list, nor on the version of a library.
     order = sorted(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from mimir_shared.feature_folder import find_features
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import list_snapshots
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class CacheStatus:
         }
 
 
-def read_status(storage: LocalStorage) -> CacheStatus:
+def read_status(storage: Storage) -> CacheStatus:
     """Raises InputError where there is no plan, CacheError where a record is damaged."""
     plan = read_plan(storage)
     status = CacheStatus(clips=count_clips(plan), shards=plan.num_shards)

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 EXIT_CODE = 143
 
 
 @contextmanager
-def leave_on_sigterm(storage: LocalStorage) -> Iterator[None]:
+def leave_on_sigterm(storage: Storage) -> Iterator[None]:
     """While the block runs, SIGTERM removes this process's temporary files and ends it with 143.
 
     A thread waits for the signal, for a handler of Python's would wait for the end of a long call into a

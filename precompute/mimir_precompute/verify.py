@@ -16,7 +16,8 @@ from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.sealed import check_sealed_tensors, read_sealed_json
 from mimir_shared.shard_files import ShardFiles
 from mimir_shared.snapshot import list_snapshots, read_index
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
+from mimir_shared.stored_file import open_stored_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class VerifyReport:
         }
 
 
-def verify_cache(storage: LocalStorage) -> VerifyReport:
+def verify_cache(storage: Storage) -> VerifyReport:
     """Check plan, specs, records, data files, every sample and every snapshot.
 
     Raises: InputError where there is no plan, CacheError where the plan itself is damaged.
@@ -134,7 +135,7 @@ def _check_files(folder: FeatureFolder, record: CommitRecord, report: VerifyRepo
 def _check_file(folder: FeatureFolder, data_file: DataFile, report: VerifyReport) -> tuple[str, str] | None:
     """What is wrong with one data file: (kind, detail)."""
     try:
-        with open(folder.storage.path(f"{folder.directory}/{data_file.path}"), "rb") as file:
+        with open_stored_file(folder.storage, f"{folder.directory}/{data_file.path}") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
     except FileNotFoundError:
@@ -151,13 +152,13 @@ def _check_file(folder: FeatureFolder, data_file: DataFile, report: VerifyReport
 
 def _check_samples(folder: FeatureFolder, spec: FeatureSpec, record: CommitRecord) -> Iterator[Problem]:
     shard = record.metadata.shard
-    with folder.open_shard(record) as files:
-        for sample in record.samples:
-            if sample.stored is not None:
-                found = _check_sample(files, spec, sample)
-                if found is not None:
-                    kind, detail = found
-                    yield Problem(feature=folder.feature, shard=shard, row=sample.row, kind=kind, detail=detail)
+    files = folder.open_shard(record)
+    for sample in record.samples:
+        if sample.stored is not None:
+            found = _check_sample(files, spec, sample)
+            if found is not None:
+                kind, detail = found
+                yield Problem(feature=folder.feature, shard=shard, row=sample.row, kind=kind, detail=detail)
 
 
 def _check_sample(files: ShardFiles, spec: FeatureSpec, sample: SampleRecord) -> tuple[str, str] | None:
@@ -193,7 +194,7 @@ def _check_empty(folder: FeatureFolder, spec: FeatureSpec) -> Iterator[Problem]:
         yield Problem(feature=folder.feature, shard=None, row=None, kind="empty", detail=str(fault))
 
 
-def _check_snapshots(storage: LocalStorage) -> Iterator[Problem]:
+def _check_snapshots(storage: Storage) -> Iterator[Problem]:
     try:
         for snapshot in list_snapshots(storage):
             index = read_index(storage, snapshot)

@@ -21,7 +21,7 @@ from mimir_shared.manifest import (
     read_record_table,
 )
 from mimir_shared.shard_files import ShardFiles
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 SPEC_VERSION: Final = 1
 
@@ -55,7 +55,7 @@ class FeatureSpec(BaseModel):
 class FeatureFolder:
     """Reads one `<feature>/<fingerprint>` folder of a cache."""
 
-    def __init__(self, storage: LocalStorage, feature: FeatureName, fingerprint: str) -> None:
+    def __init__(self, storage: Storage, feature: FeatureName, fingerprint: str) -> None:
         self.storage = storage
         self.feature: FeatureName = feature
         self.fingerprint = fingerprint
@@ -121,8 +121,8 @@ class FeatureFolder:
         self, record: CommitRecord, sample: SampleRecord
     ) -> tuple[dict[str, Any], dict[str, FeatureTensor]]:
         """The text and the tensors of one sample that is ok, checked against their hashes. Raises CacheError."""
-        with self.open_shard(record) as files:
-            return files.read_document(sample), files.read_tensors(sample)
+        files = self.open_shard(record)
+        return files.read_document(sample), files.read_tensors(sample)
 
     def _read(self, name: str) -> bytes:
         try:
@@ -140,7 +140,7 @@ class FeatureFolder:
             )
 
 
-def find_features(storage: LocalStorage) -> list[FeatureFolder]:
+def find_features(storage: Storage) -> list[FeatureFolder]:
     """Every feature folder of a cache, in the order in which features are made, then by fingerprint."""
     return [
         FeatureFolder(storage, feature, name)
@@ -150,7 +150,7 @@ def find_features(storage: LocalStorage) -> list[FeatureFolder]:
     ]
 
 
-def select_features(storage: LocalStorage, wanted: Mapping[str, str]) -> dict[FeatureName, FeatureFolder]:
+def select_features(storage: Storage, wanted: Mapping[str, str]) -> dict[FeatureName, FeatureFolder]:
     """One folder for each feature that the cache has.
 
     Args:

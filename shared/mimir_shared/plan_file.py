@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.layout import plan_name
 from mimir_shared.sealed import read_sealed_table, write_sealed_table
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 PLAN_VERSION: Final = 1
 
@@ -211,7 +211,7 @@ def read_plan_file(data: bytes, where: str) -> PlanFile:
     return PlanFile(settings, table, footer["seal"])
 
 
-def read_plan(storage: LocalStorage) -> Plan:
+def read_plan(storage: Storage) -> Plan:
     """All plan files of a cache. Raises InputError where there is none, CacheError where one is damaged."""
     names = [name for name in storage.list("plan") if name.endswith(".parquet")]
     if not names:

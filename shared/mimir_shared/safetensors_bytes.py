@@ -90,7 +90,7 @@ def read_tensors(data: bytes, where: str) -> dict[str, FeatureTensor]:
     return {place.name: tensor_at(data, place, base=0, where=where) for place in read_header(data, where)}
 
 
-def tensor_at(data: bytes | memoryview, place: TensorPlace, *, base: int, where: str) -> FeatureTensor:
+def tensor_at(data: bytes | bytearray | memoryview, place: TensorPlace, *, base: int, where: str) -> FeatureTensor:
     """View one tensor in bytes that begin at file offset `base`.
 
     Raises: CacheError where the place lies outside the bytes or its size does not fit its shape.

@@ -5,8 +5,6 @@ parsed here. What comes out was checked against the hashes in the record.
 """
 
 import json
-import os
-from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -15,28 +13,17 @@ from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.features import FeatureTensor
 from mimir_shared.manifest import CommitRecord, SampleRecord, StoredSample
 from mimir_shared.safetensors_bytes import tensor_at
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 
 class ShardFiles:
-    """Opens each file when it is first read; a context manager that closes them all."""
+    """Reads the samples of one shard, by one call for each range of bytes."""
 
-    def __init__(self, storage: LocalStorage, directory: str, record: CommitRecord) -> None:
+    def __init__(self, storage: Storage, directory: str, record: CommitRecord) -> None:
         """Of the record in the feature folder `directory`."""
         self._storage = storage
         self._directory = directory
         self._record = record
-        self._descriptors: dict[int, int] = {}
-
-    def __enter__(self) -> "ShardFiles":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
 
     def read_document(self, sample: SampleRecord) -> dict[str, Any]:
         """The text of a sample that is ok. Raises CacheError where it is missing or does not match its hash."""
@@ -63,12 +50,11 @@ class ShardFiles:
             raise CacheError(self._damaged(stored.tensors[0].file, sample, "tensors"))
         return tensors
 
-    def _read(self, file: int, offset: int, nbytes: int) -> bytes:
+    def _read(self, file: int, offset: int, nbytes: int) -> bytearray:
         where = self._where(file)
+        data = bytearray(nbytes)
         try:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
-            return os.pread(self._descriptors[file], nbytes, offset)
+            filled = self._storage.read_into(self._name(file), offset, [memoryview(data)])
         except (FileNotFoundError, NotADirectoryError) as fault:
             raise CacheError(
                 f"{where}: missing, though the commit record of shard {self._record.metadata.shard} names it; restore "
@@ -76,13 +62,17 @@ class ShardFiles:
             ) from fault
         except OSError as fault:
             raise MachineError(f"{where}: cannot be read: {fault.strerror}; run it again") from fault
+        return data[:filled] if filled < nbytes else data
 
     def _stored(self, sample: SampleRecord) -> StoredSample:
         assert sample.stored is not None, f"sample {sample.key!r} is {sample.status}, it has no bytes"
         return sample.stored
 
+    def _name(self, file: int) -> str:
+        return f"{self._directory}/{self._record.metadata.files[file].path}"
+
     def _where(self, file: int) -> str:
-        return f"{self._storage.root}/{self._directory}/{self._record.metadata.files[file].path}"
+        return f"{self._storage.root}/{self._name(file)}"
 
     def _damaged(self, file: int, sample: SampleRecord, what: str) -> str:
         return (

@@ -22,7 +22,7 @@ from mimir_shared.layout import feature_directory, snapshot_directory
 from mimir_shared.manifest import CacheFormat, RecordMetadata, TensorStatistics
 from mimir_shared.plan_file import Plan
 from mimir_shared.statistics import merge_statistics
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 SNAPSHOT_VERSION: Final = 2
 
@@ -70,7 +70,7 @@ def incomplete_shards(plan: Plan, folders: Iterable[FeatureFolder]) -> dict[Feat
     return {feature: count for feature, count in missing.items() if count}
 
 
-def write_snapshot(storage: LocalStorage, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]) -> Snapshot:
+def write_snapshot(storage: Storage, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]) -> Snapshot:
     """Merge the newest commit records of complete features and publish the snapshot.
 
     The same records give the same digest: then the snapshot that exists is returned.
@@ -253,7 +253,7 @@ def _to_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def list_snapshots(storage: LocalStorage) -> list[Snapshot]:
+def list_snapshots(storage: Storage) -> list[Snapshot]:
     """Every snapshot of a cache, oldest first. Raises CacheError for one that does not parse."""
     snapshots = []
     for name in storage.list("snapshots"):
@@ -267,7 +267,7 @@ def list_snapshots(storage: LocalStorage) -> list[Snapshot]:
     return sorted(snapshots, key=lambda snapshot: snapshot.sequence)
 
 
-def read_index(storage: LocalStorage, snapshot: Snapshot) -> pa.Table:
+def read_index(storage: Storage, snapshot: Snapshot) -> pa.Table:
     """The index of a snapshot, checked against its sha256. Raises CacheError."""
     name = f"{snapshot.directory}/index.arrow"
     try:

@@ -7,6 +7,7 @@ power cut as surely as the bytes. Names are relative to the cache and use "/".
 
 import contextlib
 import errno
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -165,6 +166,18 @@ class LocalStorage:
             return False
         _sync_directory(final.parent)
         return True
+
+    def publish_content(self, temporary: "TemporaryFile", name: str, sha256: str) -> None:
+        """Give a written temporary file the name that follows from its content, durably."""
+        if self.publish(temporary, name):
+            return
+        # The name is taken: by the same bytes, unless that file was damaged since.
+        final = self.path(name)
+        with open(final, "rb") as file:
+            intact = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if not intact:
+            # No intact file has this name, so nothing that anyone relies on is lost.
+            os.replace(temporary.path, final)
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish `data` under `name` if nothing has that name yet; False where something has."""

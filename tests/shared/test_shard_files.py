@@ -53,10 +53,10 @@ def test_the_places_lead_to_what_was_written(described: list[tuple[str, list[int
     samples: list[Sample] = [({"text": text}, {"x": _float(*shape)}) for text, shape in described]
     with tempfile.TemporaryDirectory() as folder:
         record = _write(Path(folder), samples)
-        with ShardFiles(LocalStorage(Path(folder)), ".", record) as files:
-            for (document, tensors), sample in zip(samples, record.samples, strict=True):
-                assert files.read_document(sample) == document
-                np.testing.assert_array_equal(files.read_tensors(sample)["x"].array, tensors["x"].array)
+        files = ShardFiles(LocalStorage(Path(folder)), ".", record)
+        for (document, tensors), sample in zip(samples, record.samples, strict=True):
+            assert files.read_document(sample) == document
+            np.testing.assert_array_equal(files.read_tensors(sample)["x"].array, tensors["x"].array)
 
 
 def test_a_flipped_byte_in_a_sample_is_refused_and_named(tmp_path: Path) -> None:
@@ -71,20 +71,20 @@ def test_a_flipped_byte_in_a_sample_is_refused_and_named(tmp_path: Path) -> None
         damaged = bytearray(whole)
         damaged[offset + 3] ^= 1
         (tmp_path / "shard.tar").write_bytes(damaged)
-        with ShardFiles(LocalStorage(tmp_path), ".", record) as files:
-            with pytest.raises(CacheError, match=r"shard\.tar.*'k0'.*row 0"):
-                read(files, sample)
+        files = ShardFiles(LocalStorage(tmp_path), ".", record)
+        with pytest.raises(CacheError, match=r"shard\.tar.*'k0'.*row 0"):
+            read(files, sample)
 
 
 def test_a_missing_and_a_cut_file_are_refused_and_named(tmp_path: Path) -> None:
     record = _write(tmp_path, [({"text": "hello"}, {"x": _float(8)})])
     path = tmp_path / "shard.tar"
     path.write_bytes(path.read_bytes()[:600])
-    with ShardFiles(LocalStorage(tmp_path), ".", record) as files, pytest.raises(CacheError, match=r"shard\.tar.*'k0'"):
-        files.read_tensors(record.samples[0])
+    with pytest.raises(CacheError, match=r"shard\.tar.*'k0'"):
+        ShardFiles(LocalStorage(tmp_path), ".", record).read_tensors(record.samples[0])
     path.unlink()
-    with ShardFiles(LocalStorage(tmp_path), ".", record) as files, pytest.raises(CacheError, match=r"shard\.tar: miss"):
-        files.read_tensors(record.samples[0])
+    with pytest.raises(CacheError, match=r"shard\.tar: miss"):
+        ShardFiles(LocalStorage(tmp_path), ".", record).read_tensors(record.samples[0])
 
 
 def test_a_record_of_another_release_is_refused_by_its_version(tmp_path: Path) -> None:

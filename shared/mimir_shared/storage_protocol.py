@@ -1,0 +1,73 @@
+"""What a cache asks of the place that it lies in: a folder, or a prefix in a bucket.
+
+Names are relative to the cache and use "/". A file appears whole under its name, or not at all; a listing
+may be late, so that nothing is believed to be absent because a listing does not have it.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from mimir_shared.storage import TemporaryFile
+
+
+class Storage(Protocol):
+    """A cache's files."""
+
+    @property
+    def root(self) -> Path | str:
+        """Folder or URL, for messages: `{root}/{name}` says where a file is."""
+        ...
+
+    def exists(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Raises FileNotFoundError where there is none."""
+        ...
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers of bytes, one after the other, with what a file holds from `offset` on. Safe between threads.
+
+        Returns: bytes read; fewer than the buffers take only where the file ends.
+        Raises: FileNotFoundError where there is no such file; OSError or MachineError where it cannot be read.
+        """
+        ...
+
+    def list(self, directory: str) -> list[str]:
+        """File and folder names directly below `directory`, sorted; empty where there is none."""
+        ...
+
+    def check_writable(self) -> None:
+        """Raise InputError early where nothing could be written."""
+        ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Publish `data` under `name` if nothing has that name yet; False where something has."""
+        ...
+
+    def temporary(self) -> AbstractContextManager[TemporaryFile]:
+        """A new file to be published; it is removed when the block ends, published or not."""
+        ...
+
+    def publish(self, temporary: TemporaryFile, name: str) -> bool:
+        """Give a written temporary file its final name, durably.
+
+        Returns: False where the name exists already; the file that has it stays as it is.
+        """
+        ...
+
+    def publish_content(self, temporary: TemporaryFile, name: str, sha256: str) -> None:
+        """Give a written temporary file the name that follows from its content, durably.
+
+        Where the name exists already it holds the same bytes, unless they were damaged since: then they are replaced.
+        """
+        ...
+
+    def remove_own_temporaries(self) -> None:
+        """Remove what this process has not published yet, because it is about to end."""
+        ...
+
+    def remove_abandoned(self) -> int:
+        """Remove temporary files whose process, on this machine, is dead. Returns how many."""
+        ...
