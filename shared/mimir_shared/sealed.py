@@ -74,6 +74,12 @@ def read_sealed_metadata(data: bytes, where: str) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 
 
+def claimed_seal(data: bytes) -> str | None:
+    """The seal that stands in a sealed Parquet file, unchecked; None where there is none."""
+    position = data.rfind(_PARQUET_MARK)
+    return data[position + len(_PARQUET_MARK) :][:64].decode("ascii", "replace") if position >= 0 else None
+
+
 def write_sealed_json(document: Mapping[str, object]) -> bytes:
     """Readable JSON with a seal as its first entry."""
     text = json.dumps({"seal": _ZEROS.decode(), **document}, indent=1, ensure_ascii=False, separators=(",", ":"))

@@ -102,6 +102,10 @@ class LocalStorage:
         """
         return self._open_files.read_into(self.path(name), offset, buffers)
 
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError where there is none."""
+        return self.path(name).stat().st_size
+
     def list(self, directory: str) -> list[str]:
         """File and folder names directly below `directory`, sorted; empty where it does not exist."""
         try:

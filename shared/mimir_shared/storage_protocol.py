@@ -34,6 +34,10 @@ class Storage(Protocol):
         """
         ...
 
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError where there is none."""
+        ...
+
     def list(self, directory: str) -> list[str]:
         """File and folder names directly below `directory`, sorted; empty where there is none."""
         ...

@@ -8,6 +8,7 @@ import pytest
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import find_features
+from mimir_shared.open_files import OpenFiles
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, write_snapshot
 from mimir_shared.storage import LocalStorage
@@ -26,9 +27,9 @@ def data_file(cache: Cache, feature: str, shard: int) -> Path:
 
 def test_every_tensor_of_every_clip_comes_back_bit_for_bit(small_cache: Path) -> None:
     cache = open_cache(str(small_cache))
-    assert cache.num_clips == 24
+    assert len(cache) == 24
     assert cache.num_shards == 3
-    for number in range(cache.num_clips):
+    for number in range(len(cache)):
         clip = cache.clip(number)
         for feature in ("latents", "t5", "llm"):
             stored = make_feature(feature, clip.key, clip.bucket).tensors  # type: ignore[arg-type]
@@ -85,7 +86,7 @@ def test_a_shard_that_was_cut_short_is_refused(cache_copy: Path) -> None:
     cache = open_cache(str(cache_copy))
     path = data_file(cache, "llm", 2)
     path.write_bytes(path.read_bytes()[:4000])
-    last = cache.num_clips - 1
+    last = len(cache) - 1
     with pytest.raises(CacheError, match=r"ends after .* bytes"):
         cache.read(last, "llm", verify=False)
 
@@ -156,9 +157,9 @@ def test_clips_planned_later_are_pointed_out(cache_copy: Path) -> None:
     assert "1 plan file(s) came after" in str(newer_plan(open_cache(str(cache_copy))))
 
 
-def test_many_more_shards_than_open_files_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mimir_train.cache_reader._MAX_OPEN_FILES", 2)
+def test_many_more_shards_than_open_files_can_be_read(tmp_path: Path) -> None:
     cache = open_cache(str(build_cache(tmp_path / "c", {VIDEO: 12}, shard_size=2)))
+    cache.storage._open_files = OpenFiles(limit=2)
     for number in [*range(12), *reversed(range(12))]:
         key = cache.clip(number).key
         stored = make_feature("t5", key, VIDEO).tensors["t5_embeds"].array

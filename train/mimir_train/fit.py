@@ -170,7 +170,7 @@ def describe_fit(fitted: FittedRun, cache: Cache) -> list[str]:
     source = "from scratch" if model.init_from == SCRATCH else f"from {model.init_from}"
     held_out = f"shards {', '.join(map(str, fitted.held_out))} held out for validation"
     return [
-        f"snapshot {cache.snapshot.digest[:12]}: {cache.num_clips} clips in {cache.num_shards} shards, "
+        f"snapshot {cache.snapshot.digest[:12]}: {len(cache)} clips in {cache.num_shards} shards, "
         f"{held_out if fitted.held_out else 'no shard held out for validation'}",
         f"transformer {source}: {model.transformer.num_layers} layers, {model.transformer.width} wide; "
         f"fuser {model.fuser}; latents scaled by {model.latent_scaling_factor:g}",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mimir_shared.errors import NonFiniteLossError
-from mimir_train.cache_reader import Clip
+from mimir_shared.snapshot_reader import Clip
 from mimir_train.parallel import Parallel
 
 _SHOWN = 8

@@ -1,0 +1,233 @@
+"""Where the bytes of one feature lie, for every clip of a snapshot's index, and how they are read.
+
+All that reads samples by the index comes through `read_into`: it fills memory that is there already, by one call to
+the storage for bytes that lie together, and compares their hash.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from mimir_shared.errors import CacheError, MachineError
+from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
+from mimir_shared.features import NUMPY_DTYPES, DType
+from mimir_shared.snapshot import Snapshot
+from mimir_shared.storage_protocol import Storage
+
+_JSON_PLACE: Final = ("json_file", "json_offset", "json_nbytes", "json_xxh3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorColumn:
+    """One tensor of a feature: its place and dims for every clip of the index."""
+
+    name: str
+    dtype: DType
+    sizes: tuple[int | None, ...]
+    """As in its TensorSpec; of the first bucket, where buckets differ."""
+    file: np.ndarray
+    """(clips,) index into the snapshot's list of files."""
+    offset: np.ndarray
+    """(clips,) of the first byte in its file."""
+    nbytes: np.ndarray
+    """(clips,)"""
+    shape: np.ndarray
+    """(clips, dims)"""
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the first dim differs from clip to clip."""
+        return self.sizes[0] is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """Bytes that lie together, and the memory that they go to."""
+
+    file: int
+    offset: int
+    nbytes: int
+    buffers: list[memoryview]
+
+
+class FeatureColumn:
+    """One feature's part of an index. Safe between threads."""
+
+    def __init__(
+        self, storage: Storage, snapshot: Snapshot, spec: FeatureSpec, column: pa.StructArray,
+        clips_of_bucket: Mapping[str, np.ndarray],
+    ) -> None:  # fmt: skip
+        """Raises: CacheError where the index does not hold the tensors that the spec promises."""
+        pinned = snapshot.features[spec.feature]
+        self.feature = spec.feature
+        self._storage = storage
+        self._files = pinned.files
+        self._records = {shard: (generation, seal) for shard, generation, seal in pinned.records}
+        self._folder = FeatureFolder(storage, spec.feature, spec.fingerprint)
+        self._snapshot = snapshot
+        self._column = column
+        self.tensors = _tensor_columns(column, spec, clips_of_bucket, str(storage.root))
+        self._xxh3 = column.field("xxh3").to_numpy(zero_copy_only=False)
+        self._checked_shards: set[int] = set()
+        self._lock = threading.Lock()
+
+    def read_into(self, number: int, shard: int, buffers: Sequence[memoryview], *, verify: bool, who: str) -> None:
+        """Read the tensors of a clip, each into a buffer of its size.
+
+        Args:
+            number: of the clip in the index; `shard`: the one that it lies in.
+            buffers: of bytes, one for each of `tensors`.
+            verify: compare the bytes with their xxh3 in the commit record, and once a shard, the record on disk with
+                the one that the snapshot pins.
+            who: names the clip in errors.
+        Raises: CacheError where a file is missing or short, or the bytes are not those that were committed;
+            MachineError where they cannot be read.
+        """
+        if verify:
+            self._check_record(shard)
+        ranges = self._ranges(number, buffers)
+        for part in ranges:
+            self._read_range(part, who)
+        if verify and ranges:
+            digest = xxhash.xxh3_64()
+            for buffer in buffers:
+                digest.update(buffer)
+            if digest.intdigest() != int(self._xxh3[number]):
+                raise CacheError(
+                    f"{self._where(ranges[0].file, who)}: its {sum(map(len, buffers))} bytes do not match the hash in "
+                    f"the commit record; the shard is damaged: {self._verify_command}"
+                )
+
+    def read_document(self, number: int, *, verify: bool, who: str) -> dict[str, Any]:
+        """The text of a clip: its key, caption, answers. Raises as read_into."""
+        place = {name: int(self._column.field(name)[number].as_py()) for name in _JSON_PLACE}
+        data = bytearray(place["json_nbytes"])
+        part = _Range(
+            file=place["json_file"], offset=place["json_offset"], nbytes=len(data), buffers=[memoryview(data)]
+        )
+        self._read_range(part, who)
+        if verify and xxhash.xxh3_64_intdigest(data) != place["json_xxh3"]:
+            raise CacheError(
+                f"{self._where(part.file, who)}: its text does not match the hash in the commit record; the shard is "
+                f"damaged: {self._verify_command}"
+            )
+        document = json.loads(data)
+        assert isinstance(document, dict), f"{who}: the text is {type(document)}"
+        return document
+
+    def _ranges(self, number: int, buffers: Sequence[memoryview]) -> list[_Range]:
+        """Where the tensors of a clip lie; those that touch each other are one range."""
+        ranges: list[_Range] = []
+        for tensor, buffer in zip(self.tensors, buffers, strict=True):
+            file, offset, nbytes = int(tensor.file[number]), int(tensor.offset[number]), int(tensor.nbytes[number])
+            assert len(buffer) == nbytes, f"{tensor.name}: a buffer of {len(buffer)} bytes for {nbytes}"
+            last = ranges[-1] if ranges else None
+            if last is not None and last.file == file and last.offset + last.nbytes == offset:
+                ranges[-1] = _Range(
+                    file=file, offset=last.offset, nbytes=last.nbytes + nbytes, buffers=[*last.buffers, buffer]
+                )
+            else:
+                ranges.append(_Range(file=file, offset=offset, nbytes=nbytes, buffers=[buffer]))
+        return ranges
+
+    def _read_range(self, part: _Range, who: str) -> None:
+        try:
+            count = self._storage.read_into(self._files[part.file], part.offset, part.buffers)
+        except FileNotFoundError as fault:
+            raise CacheError(
+                f"{self._where(part.file, who)}: the file is missing, though the snapshot names it; restore it from a "
+                f"copy, or {self._verify_command}"
+            ) from fault
+        except OSError as fault:
+            raise MachineError(
+                f"{self._where(part.file, who)}: cannot be read: {fault.strerror}; run the same command again"
+            ) from fault
+        if count != part.nbytes:
+            raise CacheError(
+                f"{self._where(part.file, who)}: the file ends after {count} of its {part.nbytes} bytes; it was cut "
+                f"short: {self._verify_command}"
+            )
+
+    def _check_record(self, shard: int) -> None:
+        """Compare the commit record on disk with the one that the snapshot pins, when the shard is first read."""
+        if shard in self._checked_shards:
+            return
+        generation, seal = self._records[shard]
+        _, found = self._folder.read_record_metadata(shard, generation)
+        if found != seal:
+            raise CacheError(
+                f"{self._storage.root}/{self._folder.record_path(shard, generation)}: its seal is {found[:12]}, but "
+                f"snapshot {self._snapshot.digest[:12]} was made of the record with {seal[:12]}; the cache was changed "
+                f"since: restore the record from a copy, or take stock anew: `mimir-precompute finalize "
+                f"{self._storage.root}`"
+            )
+        with self._lock:
+            self._checked_shards.add(shard)
+
+    def _where(self, file: int, who: str) -> str:
+        return f"{self._storage.root}/{self._files[file]}: `{self.feature}` of clip {who}"
+
+    @property
+    def _verify_command(self) -> str:
+        return f"see `mimir-precompute verify {self._storage.root}`"
+
+
+def _tensor_columns(
+    column: pa.StructArray, spec: FeatureSpec, clips_of_bucket: Mapping[str, np.ndarray], root: str
+) -> tuple[TensorColumn, ...]:
+    """In stored order, in which their bytes were hashed too."""
+    specs_of_bucket = {bucket: {s.name: s for s in spec.tensor_specs(bucket)} for bucket in clips_of_bucket}
+    places_of = {}
+    if any(field.name == "tensors" for field in column.type):
+        tensors = column.field("tensors")
+        places_of = {field.name: tensors.field(field.name) for field in tensors.type}
+    for bucket, specs in specs_of_bucket.items():
+        if specs.keys() != places_of.keys():
+            raise CacheError(
+                f"{root}: the index has tensors {sorted(places_of)} of `{spec.feature}`, spec.json {sorted(specs)} for "
+                f"bucket {bucket}; index and spec disagree: write the snapshot again with `mimir-precompute finalize`"
+            )
+    found = []
+    for name, places in places_of.items():
+        first = next(iter(specs_of_bucket.values()))[name]
+        shape = places.field("shape")
+        tensor = TensorColumn(
+            name=name,
+            dtype=first.dtype,
+            sizes=first.sizes,
+            file=places.field("file").to_numpy(),
+            offset=places.field("offset").to_numpy(),
+            nbytes=places.field("nbytes").to_numpy(),
+            shape=shape.flatten().to_numpy().reshape(len(shape), -1),
+        )
+        for bucket, numbers in clips_of_bucket.items():
+            own = specs_of_bucket[bucket][name]
+            assert own.dtype == first.dtype, f"{name}: {own.dtype} in bucket {bucket}, {first.dtype} in others"
+            bad = _departing(tensor, own.sizes, numbers)
+            if bad is not None:
+                raise CacheError(
+                    f"{root}: {name!r} of clip number {bad} has dims {tuple(tensor.shape[bad].tolist())} in "
+                    f"{int(tensor.nbytes[bad])} bytes, spec.json says {own.sizes} of {own.dtype} for bucket {bucket}; "
+                    f"index and spec disagree: write the snapshot again with `mimir-precompute finalize`"
+                )
+        found.append(tensor)
+    return tuple(found)
+
+
+def _departing(tensor: TensorColumn, sizes: Sequence[int | None], numbers: np.ndarray) -> int | None:
+    """The first of some clips whose dims or bytes do not fit; None where all do."""
+    if tensor.shape.shape[1] != len(sizes):
+        return int(numbers[0]) if len(numbers) else None
+    shape = tensor.shape[numbers]
+    nbytes = shape.prod(axis=1, dtype=np.int64) * NUMPY_DTYPES[tensor.dtype].itemsize
+    fits = nbytes == tensor.nbytes[numbers]
+    for dim, size in enumerate(sizes):
+        if size is not None:
+            fits &= shape[:, dim] == size
+    return None if fits.all() else int(numbers[np.argmin(fits)])
