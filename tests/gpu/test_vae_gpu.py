@@ -1,6 +1,7 @@
 """The fast VAE engine on a CUDA device: fused kernels against diffusers there. Speed is benchmarks/vae_encode.py's."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mimir_precompute.config import ModelSource, VaeSettings
 from mimir_precompute.encoders.arrays import keep_kernels_repeatable
+from mimir_precompute.encoders.base import EncoderInput
+from mimir_precompute.encoders.device_copies import DeviceCopies
 from mimir_precompute.encoders.fast_vae import FastVaeEncoder, build_fast_encoder, frame_chunks
 from mimir_precompute.encoders.vae import VaeEncoder
 from mimir_precompute.model_files import resolve_model
@@ -118,3 +121,36 @@ def test_both_engines_give_the_pipeline_the_same_moments_and_equal_calls_equal_b
     assert relative_error(fast.moments(pixels), own.moments(pixels)) <= 2**-5
     again = fast.moments(np.ascontiguousarray(pixels))
     assert torch.equal(again, fast.moments(pixels))
+
+
+def test_batches_queued_from_arrays_that_change_give_what_each_gives_alone(
+    make_encoder: Callable[..., VaeEncoder],
+) -> None:
+    encoder = make_encoder(engine="fast")
+    clips = [random_pixels(17, 64, 96)[0].cpu().numpy() + np.uint8(seed) for seed in range(6)]
+    alone = [encoder.encode([EncoderInput(key="k", caption="", clip_pixels=clip)])[0] for clip in clips]
+    started = []
+    for clip in clips:
+        started.append(encoder.start([EncoderInput(key="k", caption="", clip_pixels=clip)]))
+        clip[:] = 0  # as a buffer that a decoder uses again
+    with ThreadPoolExecutor(1) as writer:
+        for want, pending in zip(alone, started, strict=True):
+            (got,) = writer.submit(pending.result).result()
+            np.testing.assert_array_equal(got.tensors["vae_moments"].array, want.tensors["vae_moments"].array)
+
+
+@torch.inference_mode()
+def test_what_is_uploaded_and_fetched_again_is_unchanged_while_the_device_is_busy() -> None:
+    copies = DeviceCopies(CUDA)
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(0, 256, (9, 480, 720, 3), dtype=np.uint8) for _ in range(8)]
+    weights = torch.randn(4096, 4096, device=CUDA)
+    fetched = []
+    for array in arrays:
+        moved = copies.upload(array)
+        for _ in range(20):  # some milliseconds of work before what is uploaded is read
+            weights = (weights @ weights).clamp(-1, 1)
+        fetched.append(copies.download(moved.float() + weights[0, 0] * 0, "f32"))
+        del moved  # its memory may be handed to the next upload
+    for array, download in zip(arrays, fetched, strict=True):
+        np.testing.assert_array_equal(download.wait().array, array.astype(np.float32))

@@ -20,12 +20,20 @@ _STORED_AS = {
 }
 
 
-def to_feature(tensor: Tensor, dtype: DType = "bf16") -> FeatureTensor:
-    """Cast a tensor on any device to its stored dtype and hand it out as numpy; bf16 as its bits."""
-    value_dtype, storage_dtype = _STORED_AS[dtype]
-    stored = tensor.detach().to(value_dtype).cpu().contiguous()
+def stored_form(tensor: Tensor, dtype: DType) -> Tensor:
+    """Cast a tensor to its stored dtype, where it is."""
+    return tensor.detach().to(_STORED_AS[dtype][0]).contiguous()
+
+
+def feature_of(stored: Tensor, dtype: DType) -> FeatureTensor:
+    """Hand out a tensor in its stored form on the CPU as numpy; bf16 as its bits."""
     # numpy has no bfloat16; the view needs a last dim, which a reshape of nothing keeps
-    return FeatureTensor(stored.view(storage_dtype).numpy(), dtype)
+    return FeatureTensor(stored.view(_STORED_AS[dtype][1]).numpy(), dtype)
+
+
+def to_feature(tensor: Tensor, dtype: DType = "bf16") -> FeatureTensor:
+    """Cast a tensor on any device to its stored dtype and hand it out as numpy."""
+    return feature_of(stored_form(tensor, dtype).cpu(), dtype)
 
 
 def prepare_to_load() -> None:

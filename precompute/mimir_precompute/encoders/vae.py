@@ -5,6 +5,7 @@ itself (engine "diffusers") or is replaced by our own, which gives the same numb
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,11 +14,15 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
 from mimir_precompute.config import VaeSettings
-from mimir_precompute.encoders.arrays import TORCH_DTYPES, free_memory, keep_kernels_repeatable, to_feature
+from mimir_precompute.encoders.arrays import TORCH_DTYPES, free_memory, keep_kernels_repeatable
 from mimir_precompute.encoders.base import Encoded, EncoderInput, JsonValue
+from mimir_precompute.encoders.device_copies import DeviceCopies, Download
 from mimir_precompute.encoders.fast_vae import build_fast_encoder, frame_chunks
 from mimir_precompute.identity import VAE_FRAMES_PER_CHUNK
 from mimir_precompute.model_files import ResolvedModel, loading_from, refuse_incomplete
+
+_BATCHES_QUEUED = 2
+"""One that the device works on and one that follows at once; more would only hold pixels in memory."""
 
 
 class VaeEncoder:
@@ -29,6 +34,8 @@ class VaeEncoder:
         self.settings = settings
         self.device = torch.device(device)
         self.dtype = TORCH_DTYPES[settings.dtype]
+        self._copies = DeviceCopies(self.device)
+        self._queued: deque[PendingLatents] = deque()
         with loading_from(model):
             vae, info = AutoencoderKLCogVideoX.from_pretrained(
                 model.folder,
@@ -49,15 +56,23 @@ class VaeEncoder:
 
     def encode(self, batch: Sequence[EncoderInput]) -> list[Encoded]:
         """Encode clips of one bucket; `settings.stored` says which tensors are kept."""
-        encoded: list[Encoded] = []
+        return self.start(batch).result()
+
+    @torch.inference_mode()
+    def start(self, batch: Sequence[EncoderInput]) -> "PendingLatents":
+        """Queue on the device what `encode` does; waits while it has `_BATCHES_QUEUED` batches before it."""
+        while len(self._queued) >= _BATCHES_QUEUED:
+            self._queued.popleft().result()
+        pending = PendingLatents()
         for start in range(0, len(batch), self.settings.batch_size):
             launch = batch[start : start + self.settings.batch_size]
             clips = [item.clip_pixels for item in launch if item.clip_pixels is not None]
             assert len(clips) == len(launch), "latents need clip_pixels"
             # one clip alone is not copied: at full size that would cost a twentieth of its encoding
             moments = self.moments(clips[0][None] if len(clips) == 1 else np.stack(clips))
-            encoded += [self._stored(item.key, moments[i]) for i, item in enumerate(launch)]
-        return encoded
+            pending.clips += [self._download(item.key, moments[i]) for i, item in enumerate(launch)]
+        self._queued.append(pending)
+        return pending
 
     def encode_empty(self, answers: Mapping[str, JsonValue] | None) -> Encoded | None:
         """Latents have no prompt."""
@@ -76,10 +91,12 @@ class VaeEncoder:
         if self.settings.engine == "fast" and not self.settings.tiling:
             # a chunk is copied while the device computes the one before
             chunks = frame_chunks(clip_pixels.shape[1], VAE_FRAMES_PER_CHUNK)
-            encoded: Tensor = self.vae.encoder.encode_chunks(self._upload(clip_pixels[:, chunk]) for chunk in chunks)
+            encoded: Tensor = self.vae.encoder.encode_chunks(
+                self._copies.upload(clip_pixels[:, chunk]) for chunk in chunks
+            )
             return encoded if self.vae.quant_conv is None else self.vae.quant_conv(encoded.to(self.dtype))
         # bytes cross to the device, four times fewer than floats
-        pixels = torch.from_numpy(clip_pixels).to(self.device).permute(0, 4, 1, 2, 3)  # (B, 3, F, H, W)
+        pixels = self._copies.upload(clip_pixels).permute(0, 4, 1, 2, 3)  # (B, 3, F, H, W)
         scaled = ((pixels.float() - 127.5) / 127.5).to(self.dtype).contiguous()
         moments: Tensor = self.vae.encode(scaled).latent_dist.parameters
         return moments
@@ -101,20 +118,23 @@ class VaeEncoder:
         del self.vae
         free_memory()
 
-    def _upload(self, pixels: np.ndarray) -> Tensor:
-        """Copy bytes to the device without waiting for it, through page-locked memory that torch keeps and reuses."""
-        host = torch.from_numpy(pixels)
-        if self.device.type != "cuda":
-            return host.to(self.device)
-        staged = torch.empty(host.shape, dtype=torch.uint8, pin_memory=True).copy_(host)
-        return staged.to(self.device, non_blocking=True)
-
-    def _stored(self, key: str, moments: Tensor) -> Encoded:
+    def _download(self, key: str, moments: Tensor) -> dict[str, Download]:
         mean, log_variance = moments.float().chunk(2)  # (C, T, h, w) each
         values = {"moments": moments, "mean": mean}
         if "sample" in self.settings.stored:
             values["sample"] = sample_posterior(mean, log_variance, clip_generator(self.settings.seed, key))
-        return Encoded(tensors={f"vae_{name}": to_feature(values[name]) for name in self.settings.stored})
+        return {f"vae_{name}": self._copies.download(values[name]) for name in self.settings.stored}
+
+
+class PendingLatents:
+    """Latents that the device may still be making."""
+
+    def __init__(self) -> None:
+        self.clips: list[dict[str, Download]] = []
+
+    def result(self) -> list[Encoded]:
+        """Wait for the device. May be called twice, and from any thread."""
+        return [Encoded(tensors={name: one.wait() for name, one in downloads.items()}) for downloads in self.clips]
 
 
 def clip_generator(seed: int, key: str) -> torch.Generator:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from mimir_precompute.config import ModelSource, VaeSettings
 from mimir_precompute.encoders.arrays import to_feature
-from mimir_precompute.encoders.base import EncoderInput
-from mimir_precompute.encoders.vae import VaeEncoder, clip_generator
+from mimir_precompute.encoders.base import Encoded, EncoderInput
+from mimir_precompute.encoders.vae import PendingLatents, VaeEncoder, clip_generator
 from mimir_precompute.model_files import resolve_model
 from mimir_precompute.shard_writer import check_tensors
 from mimir_shared.errors import InputError
@@ -203,3 +204,34 @@ def test_a_clip_of_one_colour_is_let_into_the_cache(
     check_tensors(encoded.tensors, [spec])
     means = moments.to_float32()[: len(moments.array) // 2]
     assert all(channel.min() < channel.max() for channel in means)
+
+
+def test_batches_started_one_after_the_other_give_what_each_gives_alone(make_vae: Callable[..., VaeEncoder]) -> None:
+    encoder = make_vae(stored=("moments", "sample"))
+    clips = [moving_square(9, seed) for seed in range(4)]
+    batches = [[EncoderInput(key=f"{seed}", caption="", clip_pixels=clip)] for seed, clip in enumerate(clips)]
+    alone = [encoder.encode(batch)[0] for batch in batches]
+    started = [encoder.start(batch) for batch in batches]
+    with ThreadPoolExecutor(1) as other_thread:
+        for want, pending in reversed(list(zip(alone, started, strict=True))):
+            (got,) = other_thread.submit(pending.result).result()
+            assert got.tensors.keys() == want.tensors.keys() == {"vae_moments", "vae_sample"}
+            for name, tensor in want.tensors.items():
+                np.testing.assert_array_equal(got.tensors[name].array, tensor.array)
+
+
+def test_no_more_than_two_batches_are_queued_on_the_device(
+    make_vae: Callable[..., VaeEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_vae()
+    waited: list[PendingLatents] = []
+    result = PendingLatents.result
+
+    def note(pending: PendingLatents) -> list[Encoded]:
+        waited.append(pending)
+        return result(pending)
+
+    monkeypatch.setattr(PendingLatents, "result", note)
+    batch = [EncoderInput(key="k", caption="", clip_pixels=moving_square(1))]
+    started = [encoder.start(batch) for _ in range(5)]
+    assert waited == started[:3]
