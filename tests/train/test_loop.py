@@ -270,6 +270,7 @@ def poisoned(tmp_path: Path) -> Path:
     key = f"{VIDEO}-007"
     latents = make_feature("latents", key, VIDEO).tensors["vae_moments"].to_float32()
     latents[:CHANNELS] = 3e38
+    latents[0, 0, 0, 0] = 0.0  # values that are all alike are quarantined
     return build_cache(
         tmp_path / "poisoned", replace={(key, "latents"): Encoded(tensors={"vae_moments": bf16(latents)})}
     )
@@ -280,7 +281,9 @@ def test_a_non_finite_loss_stops_before_the_optimizer_and_names_the_clip(poisone
         poisoned, tmp_path / "run", model__latent_scaling_factor=2.0, run__checkpointing_steps=1, run__max_train_steps=6
     )
     with pytest.raises(
-        NonFiniteLossError, match=r"step \d: the loss is (nan|inf) on rank 0 for clip '9x32x32-007'"
+        NonFiniteLossError,
+        match=r"step \d: the loss is (nan|inf) on rank 0 for clip '9x32x32-007' "
+        r"\(shard 0, row 7, source 9x32x32-007.mp4\)",
     ) as e:
         train(config)
     assert e.value.exit_code == 6
@@ -305,7 +308,7 @@ def test_a_non_finite_gradient_stops_before_the_optimizer_too(
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", poison)
     monkeypatch.setattr("torch.optim.AdamW.step", no_step)
     with pytest.raises(
-        NonFiniteLossError, match=r"step 0: the norm of the gradient is inf on rank 0.*shard \d, row \d"
+        NonFiniteLossError, match=r"step 0: the norm of the gradient is inf on rank 0.*shard \d, row \d, source 9x32"
     ):
         train(tiny_config(small_cache, tmp_path / "run"))
 
