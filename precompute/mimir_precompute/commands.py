@@ -14,7 +14,7 @@ from mimir_precompute.option_values import parse_choice, parse_feature_choices, 
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
 from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_plan
 from mimir_precompute.presets import find_preset
-from mimir_precompute.termination import leave_on_sigterm
+from mimir_precompute.termination import working_on
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import find_features, select_features
 from mimir_shared.features import FEATURES, FeatureName
@@ -94,7 +94,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
         accept_quarantine=request.accept_quarantine,
         decode_workers=request.decode_workers,
     )
-    with leave_on_sigterm(storage):
+    with working_on(storage):
         return encode_cache(job, progress, RunLog(storage, device))
 
 

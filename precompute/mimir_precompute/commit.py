@@ -4,9 +4,11 @@ The record is created only where there is none: of two workers that made the sam
 and the other finds either the same bytes (all is well) or others (the first stay, and that is told).
 """
 
+import os
 from typing import Literal
 
 from mimir_precompute.shard_writer import FinishedShard
+from mimir_shared.errors import MachineError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.formats.webdataset import ENDING
 from mimir_shared.layout import data_name
@@ -30,9 +32,11 @@ def commit_shard(
 
     Returns: "committed"; "same" where another worker committed the same bytes first; "other" where it
         committed other bytes, which stay.
+    Raises: MachineError where the disk holds another number of bytes than were written.
     """
     path = data_name(shard, finished.sha256, ENDING)
-    folder.storage.publish_content(temporary, f"{folder.directory}/{path}", finished.sha256)
+    name = f"{folder.directory}/{path}"
+    _publish_data(folder, temporary, name, finished)
     ok = sum(sample.status == "ok" for sample in finished.samples)
     metadata = RecordMetadata(
         feature=folder.feature,
@@ -47,7 +51,21 @@ def commit_shard(
         statistics=finished.statistics,
     )
     record = write_record(metadata, finished.samples)
-    if folder.storage.create(folder.record_path(shard, generation), record):
-        return "committed"
-    first, _ = folder.read_record_metadata(shard, generation)
-    return "same" if first.files == metadata.files else "other"
+    committed = folder.storage.create(folder.record_path(shard, generation), record)
+    if committed or folder.read_record_metadata(shard, generation)[0].files == metadata.files:
+        # `gc` may have found the data without a record, if this worker slept very long between the two;
+        # it looks for records once more after it took a file away, so one of both puts it back
+        while not folder.storage.exists(name):
+            _publish_data(folder, temporary, name, finished)
+        return "committed" if committed else "same"
+    return "other"
+
+
+def _publish_data(folder: FeatureFolder, temporary: TemporaryFile, name: str, finished: FinishedShard) -> None:
+    folder.storage.publish_content(temporary, name, finished.sha256)
+    nbytes = os.fstat(temporary.file.fileno()).st_size
+    if nbytes != finished.nbytes:
+        raise MachineError(
+            f"{folder.storage.root}/{name}: {nbytes} bytes are on disk, {finished.nbytes} were written; the disk loses "
+            f"data: mend it and run the same command again"
+        )

@@ -12,13 +12,13 @@ from typing import Literal, Protocol
 from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
 from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
+from mimir_precompute.lease import HEARTBEAT_S, Leases, ShardClaims
 from mimir_precompute.overlap import Channel, Crew
 from mimir_precompute.plan import geometry_of
 from mimir_precompute.prepare import (
     Claims,
     ClipPreparer,
     Copied,
-    ListedShards,
     Prepared,
     Ready,
     Rejected,
@@ -79,6 +79,8 @@ class EncodeJob:
     decode_workers: int = 2
     decoder: ClipDecoder = field(default_factory=DecodeInProcess)
     """How clips are decoded; whoever made it closes it."""
+    heartbeat_s: float = HEARTBEAT_S
+    """How often this worker tells the others that it lives."""
 
 
 @dataclass(kw_only=True)
@@ -141,8 +143,9 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
     job.storage.remove_abandoned()
     specs = open_features(job)
     outcome = EncodeOutcome()
-    for feature in job.features:
-        outcome.features.append(encode_feature(job, specs, feature, progress, log))
+    with Leases(job.storage, heartbeat_s=job.heartbeat_s) as leases:
+        for feature in job.features:
+            outcome.features.append(encode_feature(job, specs, feature, leases, progress, log))
     outcome.quarantined = quarantined_clips(job, specs)
     check_quarantine(job, outcome)
     outcome.snapshot = write_snapshot_if_complete(job, specs)
@@ -165,7 +168,7 @@ def open_features(job: EncodeJob) -> dict[FeatureName, FeatureSpec]:
     for feature in job.features:
         spec = specs[feature]
         name = spec_name(feature, spec.fingerprint)
-        if not job.storage.exists(name):
+        if not job.storage.exists_durably(name):
             job.storage.create(name, spec.model_dump_json(indent=1).encode() + b"\n")
         FeatureFolder(job.storage, feature, spec.fingerprint).read_spec()
     return specs
@@ -188,7 +191,12 @@ def refuse_other_identity(storage: LocalStorage, spec: FeatureSpec) -> None:
 
 
 def encode_feature(
-    job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec], feature: FeatureName, progress: Progress, log: RunLog
+    job: EncodeJob,
+    specs: Mapping[FeatureName, FeatureSpec],
+    feature: FeatureName,
+    leases: Leases,
+    progress: Progress,
+    log: RunLog,
 ) -> FeatureOutcome:
     """Make one feature in the job's shards; loads its model only if a shard is missing."""
     spec = specs[feature]
@@ -201,7 +209,8 @@ def encode_feature(
     answers = _answers_folder(job, specs) if "answers" in DEPENDENCIES[feature] else None
     preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers, job.decoder)
     num_clips = sum(job.plan.file_of(shard).num_clips(shard) for shard in todo)
-    claims = ListedShards(todo)
+    needs = [folder for folder in (answers,) if folder is not None]
+    claims = ShardClaims(folder, todo, leases, needs=needs, say=progress.say)
     with progress.feature(feature, shards=len(todo), clips=num_clips), closing(job.encoders.build(feature)) as encoder:
         log.feature_started(feature, spec.fingerprint)
         publish_empty(folder, encoder, answers)
@@ -309,7 +318,7 @@ def write_batch(spec: FeatureSpec, batch: EncodedBatch, writer: ShardWriter, out
 def publish_empty(folder: FeatureFolder, encoder: Encoder, answers: FeatureFolder | None) -> None:
     """Store the feature of the empty prompt, for the unconditional branch, if it has one."""
     name = empty_name(folder.feature, folder.fingerprint)
-    if folder.storage.exists(name):
+    if folder.storage.exists_durably(name):
         return
     document = None
     if answers is not None:

@@ -1,6 +1,5 @@
 """From planned rows to what an encoder takes: pixels, captions and answers, fetched ahead of the encoder."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,22 +94,6 @@ class Claims(Protocol):
     def close(self) -> None:
         """Let go of all claims, and end a wait in `next`. May be called twice."""
         ...
-
-
-class ListedShards:
-    """Claims without anyone to share with: a list of shards, in order."""
-
-    def __init__(self, shards: Iterable[int]) -> None:
-        self._shards = deque(shards)
-
-    def next(self) -> int | None:
-        return self._shards.popleft() if self._shards else None
-
-    def finished(self, shard: int) -> None:
-        pass
-
-    def close(self) -> None:
-        self._shards.clear()
 
 
 class ClipPreparer:

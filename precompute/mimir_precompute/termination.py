@@ -1,23 +1,72 @@
-"""SIGTERM ends a run at once and cleanly: what is committed stays, what is not has no name yet."""
+"""SIGTERM and SIGINT end a run at once and cleanly: what is committed stays, what is not has no name yet."""
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from mimir_shared.storage_protocol import Storage
 
-EXIT_CODE = 143
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Killable(Protocol):
+    """A subprocess.Popen or multiprocessing.Process."""
+
+    def kill(self) -> None: ...
+
+
+class _Endings:
+    """What is to be done when a signal ends this process, last registered first."""
+
+    def __init__(self) -> None:
+        self._actions: list[Callable[[], None]] = []
+
+    def add(self, action: Callable[[], None]) -> None:
+        self._actions.append(action)
+
+    def remove(self, action: Callable[[], None]) -> None:
+        with contextlib.suppress(ValueError):
+            self._actions.remove(action)
+
+    def run(self) -> None:
+        for action in reversed(self._actions.copy()):
+            # OSError: it is over already, or the disk has failed; the process ends all the same
+            with contextlib.suppress(OSError, ValueError):
+                action()
+
+
+_endings = _Endings()
 
 
 @contextmanager
-def leave_on_sigterm(storage: Storage) -> Iterator[None]:
-    """While the block runs, SIGTERM removes this process's temporary files and ends it with 143.
+def when_stopped(action: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, have `action` called if a signal ends this process. It must be quick."""
+    _endings.add(action)
+    try:
+        yield
+    finally:
+        _endings.remove(action)
 
-    A thread waits for the signal, for a handler of Python's would wait for the end of a long call into a
+
+@contextmanager
+def end_with_us(process: Killable) -> Iterator[None]:
+    """While the block runs, a signal that ends this process kills that child of it too."""
+    with when_stopped(process.kill):
+        yield
+
+
+@contextmanager
+def working_on(storage: Storage) -> Iterator[None]:
+    """While the block runs, SIGTERM ends the process with 143 and SIGINT with 130, leaving nothing behind.
+
+    Children are killed, leases dropped, temporary files removed; so are the latter when the block ends. A
+    thread waits for the signal, for a handler of Python's would wait for the end of a long call into a
     library in the main thread. To be called from the main thread.
     """
     receiver, sender = socket.socketpair()
@@ -25,24 +74,30 @@ def leave_on_sigterm(storage: Storage) -> Iterator[None]:
 
     def wait_and_leave() -> None:
         # every signal that Python handles puts its number here; 0 is our own word that the block has ended
-        while (number := receiver.recv(1)[0]) != signal.SIGTERM:
+        while (number := receiver.recv(1)[0]) not in EXIT_CODES:
             if number == 0:
                 return
-        storage.remove_own_temporaries()
-        sys.stderr.write("stopped by SIGTERM; what was committed stays, the same command goes on from there\n")
+        _endings.run()
+        storage.stop_creating()
+        with contextlib.suppress(Exception):
+            storage.tidy()
+        name = signal.Signals(number).name
+        sys.stderr.write(f"stopped by {name}; what was committed stays, the same command goes on from there\n")
         sys.stderr.flush()
-        os._exit(EXIT_CODE)
+        os._exit(EXIT_CODES[signal.Signals(number)])
 
-    handler_before = signal.signal(signal.SIGTERM, lambda *_: None)
+    handlers_before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
     descriptor_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    waiter = threading.Thread(target=wait_and_leave, name="sigterm", daemon=True)
+    waiter = threading.Thread(target=wait_and_leave, name="signals", daemon=True)
     waiter.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(descriptor_before)
-        signal.signal(signal.SIGTERM, handler_before)
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
         sender.send(b"\0")
         waiter.join()
         receiver.close()
         sender.close()
+        storage.tidy()

@@ -46,5 +46,14 @@ def sample_stem(shard: int, row: int) -> str:
     return f"{shard:06d}{row:05d}"
 
 
+def lease_directory(feature: FeatureName, fingerprint: str) -> str:
+    return f"leases/{feature_directory(feature, fingerprint)}"
+
+
+def lease_name(feature: FeatureName, fingerprint: str, shard: int) -> str:
+    """Of the file by which a worker tells the others that it is making a shard."""
+    return f"{lease_directory(feature, fingerprint)}/{shard:06d}"
+
+
 def snapshot_directory(digest: str) -> str:
     return f"snapshots/{digest[:FINGERPRINT_DIGITS]}"

@@ -1,61 +1,31 @@
-"""The folder of a cache, and the two ways in which a file may appear in it: whole, or not at all.
+"""The folder of a cache, and the way in which a file appears in it: whole, or not at all.
 
 Protocol: write under a unique temporary name, fsync, then `link` to the final name, which fails where
-that name exists (rename would overwrite). The directory is fsynced last, so that the name outlives a
-power cut as surely as the bytes. Names are relative to the cache and use "/".
+that name exists (rename would overwrite). The folder is fsynced last, and so is each folder above that
+was new, so that the name outlives a power cut as surely as the bytes. A name that exists already is
+fsynced too before it is relied on: its author may not have come that far. Names are relative to the
+cache and use "/".
 """
 
 import contextlib
 import errno
 import hashlib
 import os
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError, MachineError
+from mimir_shared.failpoints import publishing_failpoint
 from mimir_shared.open_files import OpenFiles
+from mimir_shared.process_identity import is_dead, process_domain
 
 _TEMPORARY = "tmp"
-_LINK_UNSUPPORTED = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
-
-
-def _process_domain() -> str:
-    """Name the set of processes in which a pid means something: one boot of one pid namespace."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return f"unknown{uuid.uuid4().hex[:12]}"
-    return f"{boot[:8]}{namespace}"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _create_in(directory: Path, path: Path) -> BinaryIO:
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            return open(path, "xb")
-        except FileNotFoundError:
-            continue  # another process has just removed the empty folder
+_MENDED_BY_THE_USER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextlib.contextmanager
@@ -71,17 +41,35 @@ def machine_faults(action: str) -> Iterator[None]:
 
 
 class LocalStorage:
-    """A cache in a folder of a local or network file system."""
+    """A cache in a folder of a local or network file system. Safe between threads."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, disk: Disk | None = None) -> None:
         self.root = root
+        self.disk = disk or Disk()
         self._open_files = OpenFiles()
+        self._durable: set[Path] = set()
+        self._root_identity: tuple[int, int] | None = None
+        self._may_create = threading.Lock()
 
     def path(self, name: str) -> Path:
         return self.root / name
 
     def exists(self, name: str) -> bool:
-        return self.path(name).exists()
+        with machine_faults(f"{self.path(name)}: looking for it"):
+            return self.path(name).exists()
+
+    def exists_durably(self, name: str) -> bool:
+        """As `exists`; where it does, it outlives a power cut from now on, whoever published it."""
+        if not self.exists(name):
+            return False
+        self.settle(os.path.dirname(name))
+        return True
+
+    def settle(self, directory: str) -> None:
+        """Make the names that a folder holds outlive a power cut, before something is built on them."""
+        with machine_faults(f"{self.path(directory)}: fsync"):
+            self._ensure_directory(self.path(directory))
+            self.disk.sync_directory(self.path(directory))
 
     def read(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError where there is none."""
@@ -109,17 +97,23 @@ class LocalStorage:
     def list(self, directory: str) -> list[str]:
         """File and folder names directly below `directory`, sorted; empty where it does not exist."""
         try:
-            return sorted(entry.name for entry in os.scandir(self.path(directory)))
+            with os.scandir(self.path(directory)) as entries:
+                return sorted(entry.name for entry in entries)
         except (FileNotFoundError, NotADirectoryError):
+            self._check_mounted()
             return []
+        except OSError as fault:
+            raise MachineError(f"{self.path(directory)}: cannot be listed: {fault.strerror}; run it again") from fault
 
     def check_writable(self) -> None:
         """Raise InputError early where nothing could be written. Creates the root folder."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
             with self.temporary():
                 pass
         except OSError as fault:
+            if fault.errno not in _MENDED_BY_THE_USER:
+                with machine_faults(f"{self.root}: writing"):
+                    raise
             raise InputError(
                 f"{self.root}: the cache folder cannot be written: {fault.strerror}; "
                 f"choose another --cache or mend its permissions"
@@ -127,61 +121,56 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator["TemporaryFile"]:
-        """A new file to be published; it is removed when the block ends, published or not."""
-        directory = self.root / _TEMPORARY
-        path = directory / f"{_process_domain()}-{os.getpid()}-{uuid.uuid4().hex}"
-        with _create_in(directory, path) as file:
-            try:
-                yield TemporaryFile(path, file)
-            finally:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    directory.rmdir()
+        """A new file to be published; it is removed when the block ends, published or not.
+
+        Raises: OSError; of a full disk, with what was written and what is free.
+        """
+        path = self.temporary_path()
+        file = self._create_temporary(path)
+        try:
+            yield TemporaryFile(path, file)
+            file.close()
+        except OSError as fault:
+            if fault.errno in _FULL:
+                raise self._describe_full(fault, path) from fault
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
+            with contextlib.suppress(FileNotFoundError):
+                self.disk.remove(path)
 
     def publish(self, temporary: "TemporaryFile", name: str) -> bool:
         """Give a written temporary file its final name, durably.
 
         Returns: False where the name exists already; the file that has it stays as it is.
         """
-        temporary.file.flush()
-        os.fsync(temporary.file.fileno())
+        publishing_failpoint(name, "written")
+        self.disk.sync_file(temporary.file)
+        publishing_failpoint(name, "synced")
         final = self.path(name)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(temporary.path, final)
-        except FileExistsError:
-            return False
-        except OSError as fault:
-            if fault.errno not in _LINK_UNSUPPORTED:
-                raise
-            return self._publish_without_link(temporary, final)
-        _sync_directory(final.parent)
-        return True
-
-    def _publish_without_link(self, temporary: "TemporaryFile", final: Path) -> bool:
-        # A file system without hard links: exclusive creation still gives one winner, and a torn
-        # file is recognised by its seal or its sha256, so it is refused and never believed.
-        try:
-            with open(final, "xb") as file:
-                file.write(temporary.path.read_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError:
-            return False
-        _sync_directory(final.parent)
-        return True
+        linked = self._link(temporary.path, final)
+        publishing_failpoint(name, "linked")
+        self.disk.sync_directory(final.parent)
+        publishing_failpoint(name, "dir_synced")
+        return linked
 
     def publish_content(self, temporary: "TemporaryFile", name: str, sha256: str) -> None:
         """Give a written temporary file the name that follows from its content, durably."""
-        if self.publish(temporary, name):
+        while not self.publish(temporary, name):
+            # The name is taken: by the same bytes, unless that file was damaged since.
+            final = self.path(name)
+            try:
+                with open(final, "rb") as file:
+                    intact = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+                with contextlib.suppress(PermissionError):
+                    os.utime(final)  # to `gc` it is as young as if it had been published now
+            except FileNotFoundError:
+                continue
+            if not intact:
+                # No intact file has this name, so nothing that anyone relies on is lost.
+                self._replace(temporary, final)
             return
-        # The name is taken: by the same bytes, unless that file was damaged since.
-        final = self.path(name)
-        with open(final, "rb") as file:
-            intact = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if not intact:
-            # No intact file has this name, so nothing that anyone relies on is lost.
-            os.replace(temporary.path, final)
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish `data` under `name` if nothing has that name yet; False where something has."""
@@ -189,27 +178,143 @@ class LocalStorage:
             temporary.file.write(data)
             return self.publish(temporary, name)
 
-    def remove_own_temporaries(self) -> None:
-        """Remove what this process has not published yet, because it is about to end."""
-        prefix = f"{_process_domain()}-{os.getpid()}-"
+    def temporary_path(self) -> Path:
+        """A name that nothing has and that tells whose it is."""
+        return self.root / _TEMPORARY / f"{process_domain()}-{os.getpid()}-{uuid.uuid4().hex}"
+
+    def set_aside(self, name: str) -> Path:
+        """Take a file or folder out of the cache in one step; it can still be read where it is then.
+
+        Raises: FileNotFoundError where it is gone already.
+        """
+        aside = self.temporary_path()
+        self._ensure_directory(aside.parent)
+        self.disk.rename(self.path(name), aside)
+        return aside
+
+    def remove_temporary(self, path: Path) -> None:
+        """Remove a file or folder of the temporary folder, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_dir():
+                self.disk.remove_tree(path)
+            else:
+                self.disk.remove(path)
+
+    def temporaries(self) -> dict[str, bool]:
+        """Name of each temporary file → whether its process, on this machine, is certainly dead."""
+        found = {}
         for name in self.list(_TEMPORARY):
-            if name.startswith(prefix):
-                self.path(f"{_TEMPORARY}/{name}").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path(_TEMPORARY).rmdir()
+            parts = name.split("-")
+            known = len(parts) == 3 and parts[1].isdecimal()
+            found[f"{_TEMPORARY}/{name}"] = known and is_dead(parts[0], int(parts[1]))
+        return found
 
     def remove_abandoned(self) -> int:
         """Remove temporary files whose process, on this machine, is dead. Returns how many."""
-        removed = 0
-        domain = _process_domain()
-        for name in self.list(_TEMPORARY):
-            parts = name.split("-")
-            if len(parts) == 3 and parts[0] == domain and parts[1].isdecimal() and not _is_alive(int(parts[1])):
-                self.path(f"{_TEMPORARY}/{name}").unlink(missing_ok=True)
-                removed += 1
+        abandoned = [name for name, dead in self.temporaries().items() if dead]
+        for name in abandoned:
+            self.remove_temporary(self.path(name))
+        return len(abandoned)
+
+    def tidy(self) -> None:
+        """Remove what this process has not published and, if it is empty then, the folder of temporaries.
+
+        To be called at the end of a command: a folder that came and went with each file would trip programs
+        that walk the cache meanwhile.
+        """
+        own = f"{_TEMPORARY}/{process_domain()}-{os.getpid()}-"
+        for name in self.temporaries():
+            if name.startswith(own):
+                self.remove_temporary(self.path(name))
         with contextlib.suppress(OSError):
-            self.path(_TEMPORARY).rmdir()
-        return removed
+            self.disk.remove_directory(self.root / _TEMPORARY)
+
+    def stop_creating(self) -> None:
+        """Let no temporary file appear any more: whoever asks for one waits until this process has ended."""
+        self._may_create.acquire()
+
+    def _create_temporary(self, path: Path) -> BinaryIO:
+        with self._may_create:
+            while True:
+                self._ensure_directory(path.parent)
+                self._check_mounted()
+                try:
+                    return self.disk.create(path)
+                except FileNotFoundError:
+                    self._durable.discard(path.parent)  # another process has just removed the empty folder
+
+    def _link(self, source: Path, final: Path) -> bool:
+        while True:
+            self._ensure_directory(final.parent)
+            try:
+                self.disk.link(source, final)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                self._check_mounted()
+                if final.parent.is_dir():
+                    raise
+                self._durable.discard(final.parent)
+            else:
+                return True
+
+    def _replace(self, temporary: "TemporaryFile", final: Path) -> None:
+        second = self.temporary_path()
+        self.disk.link(temporary.path, second)
+        self.disk.rename(second, final)
+        self.disk.sync_directory(final.parent)
+
+    def _ensure_directory(self, directory: Path) -> None:
+        """Make a folder of the cache, and those above it, under names that outlive a power cut."""
+        if directory in self._durable:
+            return
+        if directory == self.root:
+            self._ensure_root()
+        else:
+            self._ensure_directory(directory.parent)
+            try:
+                self.disk.make_directory(directory)
+            except FileExistsError:
+                if not directory.is_dir():
+                    raise
+            # also where another worker made it, who may not have come to this yet
+            self.disk.sync_directory(directory.parent)
+        self._durable.add(directory)
+
+    def _ensure_root(self) -> None:
+        self._check_mounted()
+        missing = [self.root, *self.root.parents]
+        missing = missing[: next(n for n, folder in enumerate(missing) if folder.exists())]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                self.disk.make_directory(folder)
+            self.disk.sync_directory(folder.parent)
+        status = os.stat(self.root)
+        self._root_identity = (status.st_dev, status.st_ino)
+
+    def _check_mounted(self) -> None:
+        """Raise MachineError where the root is not the folder any more that was written to before."""
+        if self._root_identity is None:
+            return
+        try:
+            status = os.stat(self.root)
+            same = (status.st_dev, status.st_ino) == self._root_identity
+        except OSError:
+            same = False
+        if not same:
+            raise MachineError(
+                f"{self.root}: is not the folder any more that this program has written to; a mount has vanished or "
+                f"the folder was replaced: bring it back and run the same command again"
+            )
+
+    def _describe_full(self, fault: OSError, path: Path) -> OSError:
+        space = os.statvfs(self.root)
+        written = path.stat().st_size if path.exists() else 0
+        return OSError(
+            fault.errno,
+            f"{fault.strerror}: {written} bytes of a file were written and more are needed; {self.root} has "
+            f"{space.f_bavail * space.f_frsize} bytes and {space.f_favail} files free",
+        )
 
 
 class TemporaryFile:

@@ -68,10 +68,22 @@ class Storage(Protocol):
         """
         ...
 
-    def remove_own_temporaries(self) -> None:
-        """Remove what this process has not published yet, because it is about to end."""
-        ...
-
     def remove_abandoned(self) -> int:
         """Remove temporary files whose process, on this machine, is dead. Returns how many."""
+        ...
+
+    def exists_durably(self, name: str) -> bool:
+        """As `exists`; where it does, it outlives a power cut from now on, whoever published it."""
+        ...
+
+    def settle(self, directory: str) -> None:
+        """Make the names that a folder holds outlive a power cut, before something is built on them."""
+        ...
+
+    def tidy(self) -> None:
+        """Remove what this process has not published, at the end of a command."""
+        ...
+
+    def stop_creating(self) -> None:
+        """Let no temporary file appear any more: whoever asks for one waits until this process has ended."""
         ...

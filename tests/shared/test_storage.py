@@ -16,6 +16,8 @@ def test_create_publishes_the_bytes_and_leaves_no_temporary(tmp_path: Path) -> N
     storage = LocalStorage(tmp_path)
     assert storage.create("a/b/c.bin", b"first")
     assert storage.read("a/b/c.bin") == b"first"
+    assert list((tmp_path / "tmp").iterdir()) == []
+    storage.tidy()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
@@ -58,7 +60,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         write_half()
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_publishing_without_hard_links_still_has_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +85,7 @@ def test_temporaries_of_dead_processes_are_removed_and_those_of_living_ones_stay
         assert len(list((tmp_path / "tmp").iterdir())) == 2
         assert storage.remove_abandoned() == 1
         assert mine.path.exists()
+    storage.tidy()
     assert not (tmp_path / "tmp").exists()
 
 

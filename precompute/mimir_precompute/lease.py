@@ -1,0 +1,306 @@
+"""Leases: workers that share a cache tell each other which shard they are at.
+
+A lease is a file that its owner keeps touching. It only saves work: two workers that make the same shard
+cost time, never a wrong cache, for the commit record has one author whatever the leases say. So a lease
+may be wrong (a worker sleeps, a clock jumps), and it is enough that this is rare.
+"""
+
+import contextlib
+import json
+import os
+import random
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from types import TracebackType
+from typing import Final, Self
+
+from mimir_precompute.termination import when_stopped
+from mimir_shared.errors import InputError
+from mimir_shared.failpoints import failpoint
+from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.layout import lease_directory, lease_name
+from mimir_shared.process_identity import is_dead, process_domain
+from mimir_shared.storage import LocalStorage, machine_faults
+
+HEARTBEAT_S: Final = 20.0
+TTL_HEARTBEATS: Final = 6
+"""A lease that was not touched for so many heartbeats may be taken over."""
+_EXAMINED_AT_ONCE: Final = 8
+
+
+def storage_time_s(storage: LocalStorage) -> float:
+    """Now, by the clock that stamps the files of a cache: clocks of hosts may be hours apart."""
+    with storage.temporary() as probe:
+        os.utime(probe.file.fileno())
+        return os.fstat(probe.file.fileno()).st_mtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenLease:
+    """A lease as found on disk. The owner's fields are empty where its content is not whole yet."""
+
+    name: str
+    touched_s: float
+    """By the storage's clock."""
+    host: str = ""
+    domain: str = ""
+    pid: int = 0
+    token: str = ""
+
+    def is_stale(self, now_s: float, ttl_s: float) -> bool:
+        """Whether its owner is dead, or has not touched it for long.
+
+        A time far ahead is stale too: the storage's clock was set back, and no heartbeat has come since.
+        """
+        return (self.pid > 0 and is_dead(self.domain, self.pid)) or abs(now_s - self.touched_s) > ttl_s
+
+
+def read_lease(storage: LocalStorage, name: str) -> SeenLease | None:
+    """None where there is no such lease (any more)."""
+    try:
+        # opened, not only looked at, for a network file system then asks its server for the time
+        with open(storage.path(name), "rb") as file:
+            touched_s = os.fstat(file.fileno()).st_mtime
+            owner = json.loads(file.read())
+        return SeenLease(name=name, touched_s=touched_s, **owner)
+    except OSError:
+        return None
+    except (ValueError, TypeError):
+        return SeenLease(name=name, touched_s=touched_s)
+
+
+class Leases:
+    """The leases that this process holds in one cache. Its thread touches them; `close` drops them."""
+
+    def __init__(self, storage: LocalStorage, *, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self.storage = storage
+        self.ttl_s = heartbeat_s * TTL_HEARTBEATS
+        self._heartbeat_s = heartbeat_s
+        self._token = uuid.uuid4().hex
+        self._held: dict[str, int] = {}
+        self._folders: set[str] = set()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._heart: threading.Thread | None = None
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(when_stopped(self.drop_all))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def take(self, name: str) -> bool:
+        """Take a lease that nobody has; False where somebody has it. Raises MachineError."""
+        path = self.storage.path(name)
+        owner = {"host": socket.gethostname(), "domain": process_domain(), "pid": os.getpid(), "token": self._token}
+        self._folders |= {str(folder) for folder in PurePosixPath(name).parents if folder.name}
+        with machine_faults(f"{path}: taking the lease"):
+            while True:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                    break
+                except FileExistsError:
+                    return False
+                except FileNotFoundError:
+                    continue  # another worker has just removed the empty folder
+            with self._lock:
+                self._held[name] = descriptor
+            os.write(descriptor, json.dumps(owner).encode())
+        failpoint("lease.taken")
+        if self._heart is None:
+            self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
+            self._heart.start()
+        return True
+
+    def holds(self, name: str) -> bool:
+        return name in self._held
+
+    def drop(self, name: str) -> None:
+        """Give a lease back; nothing happens to one that another worker has taken over."""
+        with self._lock:
+            descriptor = self._held.pop(name, None)
+        if descriptor is None:
+            return
+        os.close(descriptor)
+        seen = read_lease(self.storage, name)
+        if seen is not None and seen.token in (self._token, ""):
+            with contextlib.suppress(OSError):
+                self.storage.path(name).unlink()
+        failpoint("lease.dropped")
+
+    def drop_all(self) -> None:
+        for name in list(self._held):
+            self.drop(name)
+
+    def take_over(self, seen: SeenLease) -> None:
+        """Remove a stale lease, so that anybody may take it. One of several workers that try succeeds."""
+        try:
+            aside = self.storage.set_aside(seen.name)
+        except FileNotFoundError:
+            return
+        found = read_lease(self.storage, str(aside.relative_to(self.storage.root)))
+        if found is not None and found.token != seen.token:
+            # another worker was faster: what was moved is its new lease, which goes back
+            with contextlib.suppress(OSError):
+                self.storage.disk.link(aside, self.storage.path(seen.name))
+        self.storage.remove_temporary(aside)
+        failpoint("lease.taken_over")
+
+    def close(self) -> None:
+        """Drop every lease, end the thread, and remove the folders if nobody else is here."""
+        self._closing.set()
+        if self._heart is not None:
+            self._heart.join()
+        self.drop_all()
+        self._stack.close()
+        for folder in sorted(self._folders, key=len, reverse=True):
+            with contextlib.suppress(OSError):
+                self.storage.path(folder).rmdir()
+
+    def _beat(self) -> None:
+        while not self._closing.wait(self._heartbeat_s):
+            self.touch()
+
+    def touch(self) -> None:
+        """Say of every lease held that its owner lives."""
+        with self._lock:
+            for descriptor in self._held.values():
+                # through the descriptor: a lease that was taken over is another worker's to touch
+                with contextlib.suppress(OSError):
+                    os.utime(descriptor)
+        failpoint("lease.heartbeat")
+
+
+class ShardClaims:
+    """Deals out the shards of one feature that are still to be made, to this worker among others.
+
+    `finished` and `close` may be called by other threads than `next`.
+
+    Args:
+        shards: what this call of `encode` is to make.
+        needs: folders of features that must have a shard before this feature can be made of it.
+        say: told once, when all that is left is in the hands of other workers.
+    """
+
+    def __init__(
+        self,
+        folder: FeatureFolder,
+        shards: Sequence[int],
+        leases: Leases,
+        *,
+        needs: Sequence[FeatureFolder] = (),
+        say: Callable[[str], None] = lambda _: None,
+        poll_s: float = 2.0,
+    ) -> None:
+        self._folder = folder
+        self._shards = tuple(shards)
+        self._leases = leases
+        self._needs = tuple(needs)
+        self._say = say
+        self._poll_s = poll_s
+        self._storage = leases.storage
+        self._random = random.Random()
+        self._closed = threading.Event()
+
+    def next(self) -> int | None:
+        """Claim a shard that is neither committed nor leased by another living worker.
+
+        Blocks while only shards that others hold are left.
+
+        Returns: None when every shard is committed, or claimed here and not yet `finished`; and after `close`.
+        Raises: InputError where a shard lacks what it is made from, and nobody is making that.
+        """
+        pause_s = min(0.05, self._poll_s)
+        told = False
+        while left := self._left():
+            leased = self._leased(self._folder)
+            free = [shard for shard in left if shard not in leased]
+            ready = self._with_needs(free)
+            for shard in self._in_my_order(ready, alone=not leased):
+                if self._leases.take(self._lease(shard)):
+                    # only now, for its last holder may have committed it since the list was made
+                    if shard in self._folder.generations():
+                        self._leases.drop(self._lease(shard))
+                        continue
+                    return shard
+            if not ready:
+                if free and len(free) == len(left):
+                    self._check_needs(free)
+                if not self._take_over_stale(self._folder, leased & set(left)):
+                    if not told:
+                        self._say(f"{self._folder.feature}: waiting for {len(left)} shards that other workers hold")
+                        told = True
+                    self._closed.wait(pause_s * self._random.uniform(0.5, 1.5))
+                    pause_s = min(pause_s * 2, self._poll_s)
+        return None
+
+    def finished(self, shard: int) -> None:
+        """Drop the lease of a shard: it is committed, or it is given up."""
+        self._leases.drop(self._lease(shard))
+
+    def close(self) -> None:
+        """Drop what is still claimed, and end a wait in `next`. May be called twice."""
+        self._closed.set()
+        for shard in self._shards:
+            self._leases.drop(self._lease(shard))
+
+    def _lease(self, shard: int) -> str:
+        return lease_name(self._folder.feature, self._folder.fingerprint, shard)
+
+    def _left(self) -> list[int]:
+        if self._closed.is_set():
+            return []
+        committed = self._folder.generations()
+        return [s for s in self._shards if s not in committed and not self._leases.holds(self._lease(s))]
+
+    def _leased(self, folder: FeatureFolder) -> set[int]:
+        names = self._storage.list(lease_directory(folder.feature, folder.fingerprint))
+        found = {int(name) for name in names if name.isdecimal()}
+        if folder is self._folder:
+            found -= {shard for shard in found if self._leases.holds(self._lease(shard))}
+        return found
+
+    def _in_my_order(self, shards: list[int], *, alone: bool) -> Iterable[int]:
+        # Workers that start together begin at different places; one that is alone goes from the first on.
+        start = 0 if alone or not shards else self._random.randrange(len(shards))
+        return shards[start:] + shards[:start]
+
+    def _with_needs(self, shards: list[int]) -> list[int]:
+        for folder in self._needs:
+            made = folder.generations()
+            shards = [shard for shard in shards if shard in made]
+        return shards
+
+    def _check_needs(self, shards: list[int]) -> None:
+        """Wait for what others are making; what nobody makes, nobody may wait for."""
+        for folder in self._needs:
+            made = folder.generations()
+            lacking = [shard for shard in shards if shard not in made]
+            leased = self._leased(folder) & set(lacking)
+            if leased:
+                self._take_over_stale(folder, leased)
+            elif lacking:
+                raise InputError(
+                    f"{self._storage.root}: shard {lacking[0]} has no `{folder.feature}` yet, from which "
+                    f"`{self._folder.feature}` is made; encode both: --features {folder.feature},{self._folder.feature}"
+                )
+
+    def _take_over_stale(self, folder: FeatureFolder, leased: set[int]) -> bool:
+        """Free stale leases among some of these, chosen by chance so that idle workers do not all ask for all."""
+        chosen = self._random.sample(sorted(leased), min(len(leased), _EXAMINED_AT_ONCE))
+        names = [lease_name(folder.feature, folder.fingerprint, shard) for shard in chosen]
+        seen = [lease for lease in (read_lease(self._storage, name) for name in names) if lease is not None]
+        now_s = storage_time_s(self._storage)
+        stale = [lease for lease in seen if lease.is_stale(now_s, self._leases.ttl_s)]
+        for lease in stale:
+            self._leases.take_over(lease)
+        return bool(stale) or len(seen) < len(names)
