@@ -41,9 +41,9 @@ from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_seale
 from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
 from mimir_shared.storage import LocalStorage, machine_faults
 
-_CLIPS_TO_WRITE = 32
-"""Encoded clips that may wait to be written: some seconds of work for the accelerator while a shard is synced to disk
-and committed, and at most some 150 MB."""
+_CLIPS_TO_WRITE = 16
+"""Encoded clips of a shard that may wait to be written, some 75 MB: seconds of work for the accelerator while the shard
+before is synced to disk and committed."""
 
 
 class EncoderSource(Protocol):

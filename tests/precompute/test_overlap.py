@@ -99,6 +99,7 @@ def test_the_first_failure_of_a_thread_ends_the_block_with_its_own_traceback() -
         in_time(work)
     assert seen == ["stopped"]
     assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__context__ is None, "not our own Stopped"
     assert "fail" in [entry.name for entry in caught.traceback]
 
 
