@@ -123,7 +123,9 @@ def encode(
     instructions: InstructionsOption = None,
     llm_layer: LlmLayerOption = "last",
     instruction_pooling: InstructionPoolingOption = "mean",
-    output_format: Annotated[str, typer.Option("--format", help="webdataset.", rich_help_panel=WHERE)] = "webdataset",
+    output_format: Annotated[str | None, typer.Option("--format", help="webdataset or zarr; default: what the cache "
+                                                      "has, webdataset for a new one.", rich_help_panel=WHERE,
+                                                      show_default=False)] = None,
     device: DeviceOption = "auto",
     decode_workers: Annotated[int, typer.Option(help="Threads that decode clips ahead.", min=1, rich_help_panel=WHERE)]
     = 2,

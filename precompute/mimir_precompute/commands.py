@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.config import ModelSource
@@ -18,6 +18,7 @@ from mimir_precompute.termination import working_on
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import find_features, select_features
 from mimir_shared.features import FEATURES, FeatureName
+from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, write_snapshot
 from mimir_shared.storage import LocalStorage, open_storage
@@ -36,7 +37,7 @@ class EncodeRequest:
     video_key: str
     caption_key: str
     models: ModelOptions
-    output_format: str
+    output_format: str | None
     decode_workers: int
     max_quarantined: float
     accept_quarantine: bool
@@ -72,7 +73,9 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
 
     features = parse_features(request.features)
     on_mismatch: Literal["error", "new"] = parse_choice("--on-mismatch", request.on_mismatch, ("error", "new"))
-    parse_choice("--format", request.output_format, ("webdataset",))
+    data_format: CacheFormat | None = None
+    if request.output_format is not None:
+        data_format = parse_choice("--format", request.output_format, get_args(CacheFormat))
     device = choose_device(request.models.device)
     storage = open_storage(request.cache)
     progress = Progress()
@@ -90,6 +93,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
         shards=shards,
         features=features,
         on_mismatch=on_mismatch,
+        data_format=data_format,
         max_quarantined=request.max_quarantined,
         accept_quarantine=request.accept_quarantine,
         decode_workers=request.decode_workers,

@@ -10,19 +10,17 @@ from typing import Literal
 from mimir_precompute.shard_writer import FinishedShard
 from mimir_shared.errors import MachineError
 from mimir_shared.feature_folder import FeatureFolder
-from mimir_shared.formats.webdataset import ENDING
-from mimir_shared.layout import data_name
-from mimir_shared.manifest import DataFile, RecordMetadata, write_record
-from mimir_shared.storage import TemporaryFile
+from mimir_shared.formats.shard_format import WrittenFile
+from mimir_shared.manifest import CacheFormat, RecordMetadata, write_record
 
 CommitResult = Literal["committed", "same", "other"]
 
 
 def commit_shard(
     folder: FeatureFolder,
-    temporary: TemporaryFile,
     finished: FinishedShard,
     *,
+    data_format: CacheFormat,
     shard: int,
     fingerprint: str,
     plan_seal: str,
@@ -34,18 +32,16 @@ def commit_shard(
         committed other bytes, which stay.
     Raises: MachineError where the disk holds another number of bytes than were written.
     """
-    path = data_name(shard, finished.sha256, ENDING)
-    name = f"{folder.directory}/{path}"
-    _publish_data(folder, temporary, name, finished)
+    _publish_data(folder, finished)
     ok = sum(sample.status == "ok" for sample in finished.samples)
     metadata = RecordMetadata(
         feature=folder.feature,
         shard=shard,
         generation=generation,
-        format="webdataset",
+        format=data_format,
         fingerprint=fingerprint,
         plan=plan_seal,
-        files=(DataFile(path=path, bytes=finished.nbytes, sha256=finished.sha256),),
+        files=tuple(written.data_file for written in finished.files),
         ok=ok,
         quarantined=len(finished.samples) - ok,
         statistics=finished.statistics,
@@ -55,17 +51,23 @@ def commit_shard(
     if committed or folder.read_record_metadata(shard, generation)[0].files == metadata.files:
         # `gc` may have found the data without a record, if this worker slept very long between the two;
         # it looks for records once more after it took a file away, so one of both puts it back
-        while not folder.storage.exists(name):
-            _publish_data(folder, temporary, name, finished)
+        while not all(folder.storage.exists(_name(folder, written)) for written in finished.files):
+            _publish_data(folder, finished)
         return "committed" if committed else "same"
     return "other"
 
 
-def _publish_data(folder: FeatureFolder, temporary: TemporaryFile, name: str, finished: FinishedShard) -> None:
-    folder.storage.publish_content(temporary, name, finished.sha256)
-    nbytes = os.fstat(temporary.file.fileno()).st_size
-    if nbytes != finished.nbytes:
-        raise MachineError(
-            f"{folder.storage.root}/{name}: {nbytes} bytes are on disk, {finished.nbytes} were written; the disk loses "
-            f"data: mend it and run the same command again"
-        )
+def _publish_data(folder: FeatureFolder, finished: FinishedShard) -> None:
+    for written in finished.files:
+        name, expected = _name(folder, written), written.data_file
+        folder.storage.publish_content(written.temporary, name, expected.sha256)
+        nbytes = os.fstat(written.temporary.file.fileno()).st_size
+        if nbytes != expected.bytes:
+            raise MachineError(
+                f"{folder.storage.root}/{name}: {nbytes} bytes are on disk, {expected.bytes} were written; the disk "
+                f"loses data: mend it and run the same command again"
+            )
+
+
+def _name(folder: FeatureFolder, written: WrittenFile) -> str:
+    return f"{folder.directory}/{written.data_file.path}"

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
+from mimir_precompute.data_format import choose_format, refuse_other_format
 from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
 from mimir_precompute.lease import HEARTBEAT_S, Leases, ShardClaims
 from mimir_precompute.overlap import Channel, Crew
@@ -34,8 +35,10 @@ from mimir_shared.errors import CacheError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import differences, fingerprint
+from mimir_shared.formats.open_format import open_shard_format
 from mimir_shared.formats.webdataset import document_bytes
 from mimir_shared.layout import empty_name, spec_name
+from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan
 from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_sealed_tensors
 from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
@@ -72,6 +75,8 @@ class EncodeJob:
     shards: tuple[int, ...]
     features: tuple[FeatureName, ...] = FEATURES
     on_mismatch: Literal["error", "new"] = "error"
+    data_format: CacheFormat | None = None
+    """None: the format that the cache has."""
     max_quarantined: float = 0.01
     """Share of the clips in `shards` above which the call fails, after all is committed."""
     accept_quarantine: bool = False
@@ -159,9 +164,9 @@ def open_features(job: EncodeJob) -> dict[FeatureName, FeatureSpec]:
         if feature in job.features or any(feature in DEPENDENCIES[wanted] for wanted in job.features):
             dependencies = {name: specs[name].identity for name in DEPENDENCIES[feature]}
             identity = job.encoders.identity(feature, dependencies)
-            spec = FeatureSpec(
-                feature=feature, fingerprint=fingerprint(identity), format="webdataset", identity=identity
-            )
+            digest = fingerprint(identity)
+            data_format = choose_format(job.storage, feature, digest, job.data_format)
+            spec = FeatureSpec(feature=feature, fingerprint=digest, format=data_format, identity=identity)
             if job.on_mismatch == "error":
                 refuse_other_identity(job.storage, spec)
             specs[feature] = spec
@@ -170,7 +175,9 @@ def open_features(job: EncodeJob) -> dict[FeatureName, FeatureSpec]:
         name = spec_name(feature, spec.fingerprint)
         if not job.storage.exists_durably(name):
             job.storage.create(name, spec.model_dump_json(indent=1).encode() + b"\n")
-        FeatureFolder(job.storage, feature, spec.fingerprint).read_spec()
+        # as another worker may have written it first
+        specs[feature] = FeatureFolder(job.storage, feature, spec.fingerprint).read_spec()
+        refuse_other_format(job.storage, specs[feature], job.data_format)
     return specs
 
 
@@ -269,8 +276,13 @@ def write_shard(work: FeatureWork, shard: int, batches: Iterable[EncodedBatch]) 
     """Write and commit one shard; nothing of it is visible before the commit."""
     job, folder, outcome, progress = work.job, work.folder, work.outcome, work.progress
     where = f"{job.storage.root}: writing shard {shard} of {folder.feature}"
-    with machine_faults(where), work.log.shard(folder.feature, shard) as entry, job.storage.temporary() as temporary:
-        writer = ShardWriter(temporary, shard)
+    data_format = work.spec.format
+    with (
+        machine_faults(where),
+        work.log.shard(folder.feature, shard) as entry,
+        open_shard_format(job.storage, data_format, shard) as shard_format,
+    ):
+        writer = ShardWriter(shard_format)
         for batch in batches:
             write_batch(work.spec, batch, writer, outcome)
             progress.advance(len(batch.rows), quarantined=writer.num_quarantined)
@@ -279,8 +291,8 @@ def write_shard(work: FeatureWork, shard: int, batches: Iterable[EncodedBatch]) 
             refuse_mass_loss(where, finished.samples)
         result = commit_shard(
             folder,
-            temporary,
             finished,
+            data_format=data_format,
             shard=shard,
             fingerprint=work.spec.fingerprint,
             plan_seal=job.plan.file_of(shard).seal,

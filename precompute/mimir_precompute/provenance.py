@@ -30,7 +30,7 @@ class ShardEntry:
             "result": result,
             "clips": len(finished.samples),
             "bytes": finished.nbytes,
-            "sha256": finished.sha256,
+            "data": finished.data_name,
         }
 
 

@@ -1,7 +1,7 @@
 """One shard of one feature while it is made: samples go in by row, bytes and their record come out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,21 +10,29 @@ import xxhash
 from mimir_precompute.encoders.base import Encoded
 from mimir_precompute.rejection import UNTRIED_STAGES, ClipRejected
 from mimir_shared.features import FeatureTensor, TensorSpec
-from mimir_shared.formats.webdataset import WebDatasetWriter
+from mimir_shared.formats.shard_format import ShardFormat, WrittenFile
 from mimir_shared.manifest import SampleRecord, TensorStatistics
 from mimir_shared.plan_file import PlannedClip
 from mimir_shared.statistics import StatisticsBuilder
-from mimir_shared.storage import TemporaryFile
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedShard:
-    """A shard whose bytes are written, under a temporary name."""
+    """A shard whose bytes are written, under temporary names."""
 
-    nbytes: int
-    sha256: str
+    files: tuple[WrittenFile, ...]
+    """In the order in which they are to be published."""
     samples: tuple[SampleRecord, ...]
     statistics: dict[str, TensorStatistics]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.data_file.bytes for file in self.files)
+
+    @property
+    def data_name(self) -> str:
+        """The file or folder that all files are or lie in, named by its content; relative to the feature's folder."""
+        return "/".join(self.files[0].data_file.path.split("/")[:2])
 
 
 def caption_hash(caption: str) -> int:
@@ -71,14 +79,14 @@ def check_tensors(tensors: Mapping[str, FeatureTensor], specs: Sequence[TensorSp
 class ShardWriter:
     """Writes the samples of one shard in row order and keeps count of what became of each clip."""
 
-    def __init__(self, temporary: TemporaryFile, shard: int, tries_before: Mapping[int, int] | None = None) -> None:
-        """For one shard, written to an open file.
+    def __init__(self, shard_format: ShardFormat, tries_before: Mapping[int, int] | None = None) -> None:
+        """For one shard in a format.
 
         Args:
             tries_before: row → how many times its clip was tried and quarantined, in earlier generations.
         """
         self._tries_before = tries_before or {}
-        self._format = WebDatasetWriter(temporary.file, shard)
+        self._format = shard_format
         self._samples: list[SampleRecord] = []
         self._statistics: dict[str, StatisticsBuilder] = {}
 
@@ -102,7 +110,7 @@ class ShardWriter:
             document["bucket"] = bucket
         if encoded.valid_rows:
             document["valid_rows"] = dict(encoded.valid_rows)
-        stored = self._format.add(clip.row, document, encoded.tensors)
+        self._format.add(clip.row, document, encoded.tensors, specs, bucket)
         self._count(encoded.tensors, encoded.valid_rows, specs)
         self._samples.append(
             SampleRecord(
@@ -112,7 +120,6 @@ class ShardWriter:
                 bucket=bucket,
                 source_xxh3=source_xxh3,
                 caption_xxh3=caption_hash(clip.caption),
-                stored=stored,
             )
         )
 
@@ -146,12 +153,12 @@ class ShardWriter:
         return sum(sample.status == "quarantined" for sample in self._samples)
 
     def finish(self) -> FinishedShard:
-        nbytes, sha256 = self._format.finish()
+        written = self._format.finish()
         results = {name: builder.result() for name, builder in self._statistics.items()}
         return FinishedShard(
-            nbytes=nbytes,
-            sha256=sha256,
-            samples=tuple(self._samples),
+            files=written.files,
+            # where a sample lies is known now: some formats move it when the last one is there
+            samples=tuple(replace(sample, stored=written.stored.get(sample.row)) for sample in self._samples),
             statistics={name: result for name, result in sorted(results.items()) if result is not None},
         )
 

@@ -1,6 +1,5 @@
-"""A shard as a tar: read by `tarfile` and `webdataset`, by our offsets, and equal for equal samples."""
+"""What a tar shard is to tools that are not ours; what all formats have in common is in test_format_contract."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -9,44 +8,31 @@ import numpy as np
 import webdataset
 from safetensors.numpy import load
 
-from mimir_shared.features import FeatureTensor
-from mimir_shared.formats.webdataset import WebDatasetWriter, document_bytes
-from mimir_shared.manifest import SampleRecord
+from mimir_shared.formats.webdataset import document_bytes
+from tests.shared.shards import Sample, counted, write_shard
 
 
-def _write(samples: list[tuple[int, dict[str, object], dict[str, FeatureTensor]]]) -> tuple[bytes, list[SampleRecord]]:
-    file = io.BytesIO()
-    writer = WebDatasetWriter(file, 7)
-    records = [
-        SampleRecord(row=row, key=f"k{row}", status="ok", caption_xxh3=0, stored=writer.add(row, document, tensors))
-        for row, document, tensors in samples
+def write_tar(root: Path) -> Path:
+    samples = [
+        Sample(row=0, document={"key": "a"}, tensors={"x": counted("f32", 2, 3)}),
+        Sample(row=2, document={"key": "b"}, tensors={"x": counted("f32", 1)}),
     ]
-    nbytes, _ = writer.finish()
-    assert nbytes == len(file.getvalue())
-    return file.getvalue(), records
-
-
-def _float(*shape: int) -> FeatureTensor:
-    return FeatureTensor(np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape), "f32")
+    (file,) = write_shard(root, "webdataset", samples).metadata.files
+    return root / file.path
 
 
 def test_plain_tar_and_webdataset_see_every_sample(tmp_path: Path) -> None:
-    data, _ = _write([(0, {"key": "a"}, {"x": _float(2, 3)}), (2, {"key": "b"}, {"x": _float(1)})])
-    (tmp_path / "shard.tar").write_bytes(data)
-    with tarfile.open(tmp_path / "shard.tar") as tar:
+    path = write_tar(tmp_path)
+    with tarfile.open(path) as tar:
         names = tar.getnames()
     assert names == ["00000700000.json", "00000700000.safetensors", "00000700002.json", "00000700002.safetensors"]
-    samples = list(webdataset.WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False))
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert [json.loads(sample["json"])["key"] for sample in samples] == ["a", "b"]
-    np.testing.assert_array_equal(load(samples[0]["safetensors"])["x"], _float(2, 3).array)
+    np.testing.assert_array_equal(load(samples[0]["safetensors"])["x"], counted("f32", 2, 3).array)
 
 
-def test_equal_samples_give_equal_bytes_and_entries_have_no_owner_or_time() -> None:
-    samples = [(0, {"b": 1, "a": "ü"}, {"x": _float(2), "y": _float(3)})]
-    first, _ = _write(samples)
-    second, _ = _write([(0, {"a": "ü", "b": 1}, {"y": _float(3), "x": _float(2)})])
-    assert first == second
-    with tarfile.open(fileobj=io.BytesIO(first)) as tar:
+def test_members_have_no_owner_and_no_time(tmp_path: Path) -> None:
+    with tarfile.open(write_tar(tmp_path)) as tar:
         owners = {(entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname) for entry in tar}
     assert owners == {(0, 0, 0, "", "")}
 

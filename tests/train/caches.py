@@ -17,7 +17,9 @@ from mimir_precompute.shard_writer import ShardWriter
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import FeatureName, FeatureTensor, float32_to_bf16_bits
 from mimir_shared.fingerprint import fingerprint
+from mimir_shared.formats.open_format import open_shard_format
 from mimir_shared.layout import empty_name, spec_name
+from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import PlannedClip, PlanSettings, read_plan, write_plan
 from mimir_shared.sealed import write_sealed_tensors
 from mimir_shared.snapshot import write_snapshot
@@ -109,6 +111,7 @@ def build_cache(
     replace: Mapping[tuple[str, FeatureName], Encoded] | None = None,
     snapshot: bool = True,
     leave_out_shards: int = 0,
+    data_format: CacheFormat = "webdataset",
 ) -> Path:
     """Write a cache.
 
@@ -125,12 +128,12 @@ def build_cache(
     plan = read_plan(storage)
     folders = {}
     for feature in features:
-        spec = _write_spec(storage, feature, tuple(clips), vae_name if feature == "latents" else "local")
+        spec = _write_spec(storage, feature, tuple(clips), vae_name if feature == "latents" else "local", data_format)
         folders[feature] = FeatureFolder(storage, feature, spec.fingerprint)
         skipped = leave_out_shards if feature == features[-1] else 0
         for shard in range(plan.num_shards - skipped):
-            with storage.temporary() as temporary:
-                writer = ShardWriter(temporary, shard)
+            with open_shard_format(storage, data_format, shard) as shard_format:
+                writer = ShardWriter(shard_format)
                 for clip in plan.shard_clips(shard):
                     encoded = (replace or {}).get((clip.key, feature)) or _make(feature, clip)
                     specs = spec.tensor_specs(clip.bucket or "")
@@ -139,7 +142,7 @@ def build_cache(
                     )
                 finished = writer.finish()
                 commit_shard(
-                    folders[feature], temporary, finished, shard=shard, fingerprint=spec.fingerprint,
+                    folders[feature], finished, data_format=data_format, shard=shard, fingerprint=spec.fingerprint,
                     plan_seal=plan.file_of(shard).seal,
                 )  # fmt: skip
         if feature in ("t5", "llm"):
@@ -188,9 +191,11 @@ def _write_plan(storage: LocalStorage, clips: Mapping[str, int], shard_size: int
     storage.create("plan/0000.parquet", write_plan(settings, columns, None))
 
 
-def _write_spec(storage: LocalStorage, feature: FeatureName, buckets: tuple[str, ...], model_name: str) -> FeatureSpec:
+def _write_spec(
+    storage: LocalStorage, feature: FeatureName, buckets: tuple[str, ...], model_name: str, data_format: CacheFormat
+) -> FeatureSpec:
     identity = identity_of(feature, buckets, model_name)
-    spec = FeatureSpec(feature=feature, fingerprint=fingerprint(identity), format="webdataset", identity=identity)
+    spec = FeatureSpec(feature=feature, fingerprint=fingerprint(identity), format=data_format, identity=identity)
     storage.create(spec_name(feature, spec.fingerprint), spec.model_dump_json(indent=1).encode() + b"\n")
     return spec
 

@@ -176,3 +176,16 @@ def test_the_empty_prompt_is_read_and_checked(cache_copy: Path) -> None:
     path.unlink()
     with pytest.raises(CacheError, match="--empty-text zeros"):
         cache.read_empty("t5")
+
+
+def test_both_formats_are_read_alike(small_cache: Path, tmp_path: Path) -> None:
+    tar = open_cache(str(small_cache))
+    group = open_cache(str(build_cache(tmp_path / "zarr", data_format="zarr")))
+    assert len(group) == len(tar)
+    for number in range(len(tar)):
+        for feature in tar.features:
+            one, other = tar.read(number, feature), group.read(number, feature)
+            assert list(one) == list(other)
+            for name, tensor in one.items():
+                assert (tensor.dtype, tensor.array.shape) == (other[name].dtype, other[name].array.shape)
+                assert tensor.array.tobytes() == other[name].array.tobytes()

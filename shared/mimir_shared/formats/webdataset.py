@@ -1,21 +1,21 @@
-"""A shard as an uncompressed POSIX tar, both directions.
+"""A shard as an uncompressed POSIX tar.
 
 A sample is `<shard><row>.json` and, where the feature has tensors, `<shard><row>.safetensors`. Equal
 samples give equal bytes: fixed owner and time, sorted JSON keys, members in row order. Plain `tar` and
 `webdataset` read it; our reader takes the offsets from the commit record and never parses the tar.
 """
 
-import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import xxhash
 
-from mimir_shared.features import FeatureTensor
-from mimir_shared.layout import sample_stem
+from mimir_shared.features import FeatureTensor, TensorSpec
+from mimir_shared.formats.shard_format import HashingFile, NewFile, WrittenShard
+from mimir_shared.layout import data_name, sample_stem
 from mimir_shared.manifest import StoredSample
 from mimir_shared.safetensors_bytes import TensorPlace, read_header, tensors_to_safetensors
 
@@ -30,15 +30,23 @@ def document_bytes(document: Mapping[str, Any]) -> bytes:
 class WebDatasetWriter:
     """Writes the samples of one shard in row order, and says where each came to lie."""
 
-    def __init__(self, file: BinaryIO, shard: int) -> None:
-        self._output = _HashingFile(file)
+    def __init__(self, shard: int, new_file: NewFile) -> None:
+        self._output = HashingFile(new_file())
         output: Any = self._output  # a file as far as writing a tar needs one
         self._tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT)
         self._shard = shard
         self._last_row = -1
+        self._stored: dict[int, StoredSample] = {}
 
-    def add(self, row: int, document: Mapping[str, Any], tensors: Mapping[str, FeatureTensor]) -> StoredSample:
-        """Append one sample. Rows must come in rising order."""
+    def add(
+        self,
+        row: int,
+        document: Mapping[str, Any],
+        tensors: Mapping[str, FeatureTensor],
+        specs: Sequence[TensorSpec],
+        bucket: str | None,
+    ) -> None:
+        """Append one sample; see ShardFormat. A tar needs neither the specs nor the bucket."""
         assert row > self._last_row, f"row {row} after row {self._last_row}"
         self._last_row = row
         document_text = document_bytes(document)
@@ -60,7 +68,7 @@ class WebDatasetWriter:
                     )
                 )
             tensor_hash = xxhash.xxh3_64_intdigest(safetensors[places[0].offset - base :])
-        return StoredSample(
+        self._stored[row] = StoredSample(
             json_offset=json_offset,
             json_nbytes=len(document_text),
             json_xxh3=xxhash.xxh3_64_intdigest(document_text),
@@ -68,10 +76,11 @@ class WebDatasetWriter:
             xxh3=tensor_hash,
         )
 
-    def finish(self) -> tuple[int, str]:
-        """Close the tar; (bytes, sha256 in hex) of the whole file."""
+    def finish(self) -> WrittenShard:
+        """Close the tar."""
         self._tar.close()
-        return self._output.nbytes, self._output.sha256.hexdigest()
+        path = data_name(self._shard, self._output.sha256, ENDING)
+        return WrittenShard(files=(self._output.as_written(path),), stored=self._stored)
 
     def _add_member(self, name: str, data: bytes) -> int:
         entry = tarfile.TarInfo(name)
@@ -80,20 +89,3 @@ class WebDatasetWriter:
         self._tar.addfile(entry, io.BytesIO(data))
         end = self._output.nbytes
         return end - len(data) - (-len(data) % tarfile.BLOCKSIZE)
-
-
-class _HashingFile:
-    """Passes bytes on and hashes them on the way, so that a shard is read back by nobody."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.nbytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.nbytes += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.nbytes
