@@ -104,7 +104,7 @@ def make_cache(folder: Path, clips: int, shard_size: int) -> LocalStorage:
         rows.append(f'{{"file_name": "{number:04d}.mp4", "text": "clip {number}"}}')
     (source / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     storage = LocalStorage(folder / "cache")
-    request = PlanRequest(buckets=("1x64x96",), fps=8, shard_size=shard_size)
+    request = PlanRequest(buckets=(BUCKET,), fps=8, shard_size=shard_size)
     update_plan(storage, None, read_clip_list(str(source)), request)
     return storage
 
