@@ -16,6 +16,7 @@ import numpy as np
 
 from mimir_precompute.encoders.base import Encoded, Encoder, EncoderInput
 from mimir_shared.features import FeatureName, FeatureTensor, float32_to_bf16_bits
+from mimir_shared.fingerprint import fingerprint
 
 T5_ROWS, T5_WIDTH, LLM_WIDTH, NUM_INSTRUCTIONS = 16, 8, 12, 4
 
@@ -104,7 +105,7 @@ class FakeEncoders:
     clip_s: float = 0.0
     """Seconds that each clip takes, to be killed in."""
     poison: Mapping[str, str] = field(default_factory=dict)
-    """key → "nan", "shape" or "constant VALUE": what the encoder does wrong to that clip."""
+    """key, or feature/key → "nan", "shape", "constant VALUE" or "surplus": what the encoder does wrong to that clip."""
     encoded: list[tuple[FeatureName, str]] = field(default_factory=list)
     built: list[FeatureName] = field(default_factory=list)
 
@@ -113,7 +114,7 @@ class FakeEncoders:
         if feature == "latents":
             tensors = {bucket: latents_specs(bucket) for bucket in self.buckets}
         own = {"feature": feature, "model": {"name": "fake", "salt": self.salt.get(feature, "")}, "batch": self.batch}
-        return {**own, "tensors": tensors, **{name: dict(value) for name, value in dependencies.items()}}
+        return {**own, "tensors": tensors, **{name: fingerprint(value) for name, value in dependencies.items()}}
 
     def batch_size(self, feature: FeatureName) -> int:
         return self.batch
@@ -134,7 +135,8 @@ class _FakeEncoder:
         for item in batch:
             time.sleep(self._source.clip_s)
             self._source.encoded.append((self._feature, item.key))
-            results.append(_spoil(self._one(item), self._source.poison.get(item.key)))
+            poison = self._source.poison
+            results.append(_spoil(self._one(item), poison.get(f"{self._feature}/{item.key}", poison.get(item.key))))
         return results
 
     def encode_empty(self, answers: Mapping[str, Any] | None) -> Encoded | None:
@@ -150,6 +152,8 @@ class _FakeEncoder:
 
 
 def _spoil(encoded: Encoded, how: str | None) -> Encoded:
+    if how == "surplus":
+        return Encoded(tensors={**encoded.tensors, "surplus": bf16(np.ones(2))}, document=encoded.document)
     if how is None or not encoded.tensors:
         return encoded
     name = next(iter(encoded.tensors))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute.cli_cache import add_commands
+from mimir_precompute import cli_cache, cli_remake
 from mimir_precompute.cli_options import (
     WHAT,
     WHERE,
@@ -15,6 +15,7 @@ from mimir_precompute.cli_options import (
     Cache,
     CaptionKeyOption,
     Clips,
+    DecodeWorkersOption,
     DeviceOption,
     DtypeOption,
     FpsOption,
@@ -127,8 +128,7 @@ def encode(
                                                       "has, webdataset for a new one.", rich_help_panel=WHERE,
                                                       show_default=False)] = None,
     device: DeviceOption = "auto",
-    decode_workers: Annotated[int, typer.Option(help="Threads that decode clips ahead.", min=1, rich_help_panel=WHERE)]
-    = 2,
+    decode_workers: DecodeWorkersOption = 2,
     max_quarantined: MaxQuarantinedOption = 0.01,
     accept_quarantine: AcceptQuarantineOption = False,
     on_mismatch: Annotated[str, typer.Option(help="error, or new: keep features made otherwise side by side.",
@@ -173,7 +173,8 @@ def encode(
     echo(describe_outcome(cache, run_encode(request)))
 
 
-add_commands(app)  # status, verify, finalize, inspect, diff
+cli_cache.add_commands(app)  # those that look at a cache or finish it
+cli_remake.add_commands(app)  # those that make parts of it again
 
 
 def main() -> None:

@@ -111,6 +111,9 @@ InstructionPoolingOption = Annotated[
                  "it is answered from.", rich_help_panel=MODELS),
 ]  # fmt: skip
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=WHERE)]
+DecodeWorkersOption = Annotated[
+    int, typer.Option("--decode-workers", help="Threads that decode clips ahead.", min=1, rich_help_panel=WHERE)
+]
 MaxQuarantinedOption = Annotated[
     float,
     typer.Option("--max-quarantined", help="Share of unusable clips above which the exit code is 3.", min=0, max=1,

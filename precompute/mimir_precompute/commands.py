@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.config import ModelSource
@@ -22,6 +22,9 @@ from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, write_snapshot
 from mimir_shared.storage import LocalStorage, open_storage
+
+if TYPE_CHECKING:
+    from mimir_precompute.model_encoders import ModelEncoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,6 @@ def run_plan(
 
 def run_encode(request: EncodeRequest) -> EncodeOutcome:
     """Check every option, plan where clips are given, and encode."""
-    from mimir_precompute.model_encoders import ModelEncoders
     from mimir_precompute.progress import Progress
     from mimir_precompute.provenance import RunLog
 
@@ -81,11 +83,8 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     progress = Progress()
     plan = _plan_for(request, storage, progress)
     shards = parse_shards(request.shards, plan.num_shards)
-    preset = find_preset(plan.settings.preset) if plan.settings.preset else None
-    settings = encode_settings(request.models, preset, features, device)
     storage.check_writable()
-    encoders = ModelEncoders(settings, geometry_of(plan.settings))
-    encoders.resolve(_with_dependencies(features))
+    encoders = open_encoders(plan, request.models, features)
     job = EncodeJob(
         storage=storage,
         plan=plan,
@@ -100,6 +99,17 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     )
     with working_on(storage):
         return encode_cache(job, progress, RunLog(storage, device))
+
+
+def open_encoders(plan: Plan, options: ModelOptions, features: Sequence[FeatureName]) -> "ModelEncoders":
+    """Find and digest the models of some features; none is loaded yet. Raises InputError for what is missing."""
+    from mimir_precompute.model_encoders import ModelEncoders
+
+    preset = find_preset(plan.settings.preset) if plan.settings.preset else None
+    settings = encode_settings(options, preset, features, choose_device(options.device))
+    encoders = ModelEncoders(settings, geometry_of(plan.settings))
+    encoders.resolve(_with_dependencies(features))
+    return encoders
 
 
 def _plan_for(request: EncodeRequest, storage: LocalStorage, progress: Any) -> Plan:

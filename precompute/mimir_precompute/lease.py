@@ -12,7 +12,7 @@ import random
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import TracebackType
@@ -187,6 +187,7 @@ class ShardClaims:
 
     Args:
         shards: what this call of `encode` is to make.
+        generations: shard → the generation that is to be made, for shards that are made again.
         needs: folders of features that must have a shard before this feature can be made of it.
         say: told once, when all that is left is in the hands of other workers.
     """
@@ -197,6 +198,7 @@ class ShardClaims:
         shards: Sequence[int],
         leases: Leases,
         *,
+        generations: Mapping[int, int] | None = None,
         needs: Sequence[FeatureFolder] = (),
         say: Callable[[str], None] = lambda _: None,
         poll_s: float = 2.0,
@@ -204,6 +206,7 @@ class ShardClaims:
         self._folder = folder
         self._shards = tuple(shards)
         self._leases = leases
+        self._generations = generations or {}
         self._needs = tuple(needs)
         self._say = say
         self._poll_s = poll_s
@@ -228,7 +231,7 @@ class ShardClaims:
             for shard in self._in_my_order(ready, alone=not leased):
                 if self._leases.take(self._lease(shard)):
                     # only now, for its last holder may have committed it since the list was made
-                    if shard in self._folder.generations():
+                    if not self._uncommitted([shard]):
                         self._leases.drop(self._lease(shard))
                         continue
                     return shard
@@ -259,8 +262,11 @@ class ShardClaims:
     def _left(self) -> list[int]:
         if self._closed.is_set():
             return []
-        committed = self._folder.generations()
-        return [s for s in self._shards if s not in committed and not self._leases.holds(self._lease(s))]
+        return [s for s in self._uncommitted(self._shards) if not self._leases.holds(self._lease(s))]
+
+    def _uncommitted(self, shards: Iterable[int]) -> list[int]:
+        newest = self._folder.generations()
+        return [shard for shard in shards if newest.get(shard, -1) < self._generations.get(shard, 0)]
 
     def _leased(self, folder: FeatureFolder) -> set[int]:
         names = self._storage.list(lease_directory(folder.feature, folder.fingerprint))

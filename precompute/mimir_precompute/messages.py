@@ -9,6 +9,7 @@ from mimir_precompute.diff import CacheDifference
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
 from mimir_precompute.quarantine import QuarantinedClip
+from mimir_precompute.retry import RetryOutcome
 from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import VerifyReport
 from mimir_shared.features import FEATURES
@@ -83,12 +84,28 @@ def describe_ledger(cache: str, lines: Sequence[QuarantinedClip], out: Path | No
     shown = [f"{cache}: {len(lines)} quarantined clips{f', written to {out}' if out else ''}"]
     for (feature, stage, reason), count in sorted(Counter((x.feature, x.stage, x.reason) for x in lines).items()):
         shown.append(f"  {feature}: {count} at {stage}: {reason}")
-    for line in lines[:_LEDGER_LINES]:
-        tries = "" if line.attempt is None else f" (tried {line.attempt} {'time' if line.attempt == 1 else 'times'})"
-        shown.append(f"{line.key}: {line.feature} {line.stage}: {line.reason}: {line.detail}{tries}")
+    shown += [_describe_loss(line) for line in lines[:_LEDGER_LINES]]
     if len(lines) > _LEDGER_LINES:
         shown.append(f"… and {len(lines) - _LEDGER_LINES} more (--out FILE.parquet or --json has all)")
     return "\n".join(shown)
+
+
+def describe_retry(cache: str, outcome: RetryOutcome) -> str:
+    """What became of the clips that were tried again."""
+    if not outcome.tried:
+        lines = [f"{cache}: no quarantined clip to try again; nothing was made"]
+    else:
+        failed = len(outcome.failed_again)
+        lines = [f"{cache}: {outcome.tried} tried again: {outcome.tried - failed} are good now, {failed} failed again"]
+        lines += [_describe_loss(line) for line in outcome.failed_again[:_LEDGER_LINES]]
+    if outcome.snapshot is not None:
+        lines.append(f"snapshot {outcome.snapshot.digest[:12]} with {outcome.snapshot.clips} clips")
+    return "\n".join(lines)
+
+
+def _describe_loss(line: QuarantinedClip) -> str:
+    tries = "" if line.attempt is None else f" (tried {line.attempt} {'time' if line.attempt == 1 else 'times'})"
+    return f"{line.key}: {line.feature} {line.stage}: {line.reason}: {line.detail}{tries}"
 
 
 def describe_verification(cache: str, report: VerifyReport) -> str:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
 from mimir_precompute.data_format import choose_format, refuse_other_format
+from mimir_precompute.empty_prompt import publish_empty, require_answers
 from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
 from mimir_precompute.lease import HEARTBEAT_S, Leases, ShardClaims
 from mimir_precompute.overlap import Channel, Crew
@@ -24,24 +25,24 @@ from mimir_precompute.prepare import (
     Ready,
     Rejected,
     Sent,
+    Untried,
     in_batches,
     prepare_shards,
 )
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.quarantine import feature_ledger, refuse_mass_loss
+from mimir_precompute.remake import Remake, Remaking
 from mimir_precompute.shard_writer import ShardWriter
 from mimir_shared.errors import CacheError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import differences, fingerprint
 from mimir_shared.formats.open_format import open_shard_format
-from mimir_shared.formats.webdataset import document_bytes
 from mimir_shared.layout import empty_name, spec_name
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan
-from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_sealed_tensors
-from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
+from mimir_shared.snapshot import Snapshot, incomplete_shards, list_snapshots, write_snapshot
 from mimir_shared.storage import LocalStorage, machine_faults
 
 _CLIPS_TO_WRITE = 16
@@ -81,6 +82,8 @@ class EncodeJob:
     """Share of the clips in `shards` above which the call fails, after all is committed."""
     accept_quarantine: bool = False
     """Commit shards even if half of their clips are lost."""
+    remaking: Remaking | None = None
+    """What to make again of shards that are committed; then nothing else is made."""
     decode_workers: int = 2
     decoder: ClipDecoder = field(default_factory=DecodeInProcess)
     """How clips are decoded; whoever made it closes it."""
@@ -122,6 +125,7 @@ class FeatureWork:
     spec: FeatureSpec
     folder: FeatureFolder
     preparer: ClipPreparer
+    remakes: Mapping[int, Remake]
     claims: Claims
     encoder: Encoder
     outcome: FeatureOutcome
@@ -134,7 +138,7 @@ class FeatureWork:
 class EncodedBatch:
     """Rows on their way from the encoder to the shard, in order."""
 
-    rows: tuple[Sent | Copied | Rejected, ...]
+    rows: tuple[Sent | Copied | Rejected | Untried, ...]
     pending: Pending
     """The features of the rows that were sent to the encoder."""
 
@@ -153,7 +157,8 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
             outcome.features.append(encode_feature(job, specs, feature, leases, progress, log))
     outcome.quarantined = quarantined_clips(job, specs)
     check_quarantine(job, outcome)
-    outcome.snapshot = write_snapshot_if_complete(job, specs)
+    folders = {feature: FeatureFolder(job.storage, feature, specs[feature].fingerprint) for feature in job.features}
+    outcome.snapshot = write_snapshot_if_complete(job.storage, job.plan, folders)
     return outcome
 
 
@@ -205,19 +210,26 @@ def encode_feature(
     progress: Progress,
     log: RunLog,
 ) -> FeatureOutcome:
-    """Make one feature in the job's shards; loads its model only if a shard is missing."""
+    """Make one feature in the job's shards; loads its model only if there is something to make."""
     spec = specs[feature]
     folder = FeatureFolder(job.storage, feature, spec.fingerprint)
+    answers = None
+    if "answers" in DEPENDENCIES[feature]:
+        answers = FeatureFolder(job.storage, "answers", specs["answers"].fingerprint)
+    remakes = {} if job.remaking is None else job.remaking.shards(folder, answers)
     done = folder.generations()
-    todo = [shard for shard in job.shards if shard not in done]
+    todo = [shard for shard in job.shards if (shard not in done if job.remaking is None else shard in remakes)]
     outcome = FeatureOutcome(feature=feature, shards_done_before=len(job.shards) - len(todo))
-    if not todo:
+    lost_empty = bool(done) and feature != "latents" and not job.storage.exists(empty_name(feature, spec.fingerprint))
+    if not todo and not lost_empty:
         return outcome
-    answers = _answers_folder(job, specs) if "answers" in DEPENDENCIES[feature] else None
-    preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers, job.decoder)
+    if answers is not None:
+        require_answers(answers)
+    preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers, job.decoder, remakes)
     num_clips = sum(job.plan.file_of(shard).num_clips(shard) for shard in todo)
     needs = [folder for folder in (answers,) if folder is not None]
-    claims = ShardClaims(folder, todo, leases, needs=needs, say=progress.say)
+    generations = {shard: remake.generation for shard, remake in remakes.items()}
+    claims = ShardClaims(folder, todo, leases, generations=generations, needs=needs, say=progress.say)
     with progress.feature(feature, shards=len(todo), clips=num_clips), closing(job.encoders.build(feature)) as encoder:
         log.feature_started(feature, spec.fingerprint)
         publish_empty(folder, encoder, answers)
@@ -227,6 +239,7 @@ def encode_feature(
                 spec=spec,
                 folder=folder,
                 preparer=preparer,
+                remakes=remakes,
                 claims=claims,
                 encoder=encoder,
                 outcome=outcome,
@@ -282,13 +295,15 @@ def write_shard(work: FeatureWork, shard: int, batches: Iterable[EncodedBatch]) 
         work.log.shard(folder.feature, shard) as entry,
         open_shard_format(job.storage, data_format, shard) as shard_format,
     ):
-        writer = ShardWriter(shard_format)
+        remake = work.remakes.get(shard)
+        tries_before = {} if remake is None else remake.tries_before
+        writer = ShardWriter(shard_format, tries_before)
         for batch in batches:
             write_batch(work.spec, batch, writer, outcome)
             progress.advance(len(batch.rows), quarantined=writer.num_quarantined)
         finished = writer.finish()
         if not job.accept_quarantine:
-            refuse_mass_loss(where, finished.samples)
+            refuse_mass_loss(where, finished.samples, lost_before=tries_before)
         result = commit_shard(
             folder,
             finished,
@@ -296,6 +311,7 @@ def write_shard(work: FeatureWork, shard: int, batches: Iterable[EncodedBatch]) 
             shard=shard,
             fingerprint=work.spec.fingerprint,
             plan_seal=job.plan.file_of(shard).seal,
+            generation=0 if remake is None else remake.generation,
         )
         if result == "other":
             progress.warn(
@@ -325,36 +341,8 @@ def write_batch(spec: FeatureSpec, batch: EncodedBatch, writer: ShardWriter, out
                 outcome.copied += 1
             case Rejected():
                 writer.add_quarantined(row.clip, row.rejection, bucket=row.bucket, source_xxh3=row.source_xxh3)
-
-
-def publish_empty(folder: FeatureFolder, encoder: Encoder, answers: FeatureFolder | None) -> None:
-    """Store the feature of the empty prompt, for the unconditional branch, if it has one."""
-    name = empty_name(folder.feature, folder.fingerprint)
-    if folder.storage.exists_durably(name):
-        return
-    document = None
-    if answers is not None:
-        answers_name = empty_name("answers", answers.fingerprint)
-        document = read_sealed_json(answers.storage.read(answers_name), f"{answers.storage.root}/{answers_name}")
-    encoded = encoder.encode_empty(document)
-    if encoded is None:
-        return
-    if encoded.tensors:
-        valid = document_bytes(dict(encoded.valid_rows)).decode()
-        data = write_sealed_tensors(encoded.tensors, {"valid_rows": valid})
-    else:
-        data = write_sealed_json(dict(encoded.document))
-    folder.storage.create(name, data)
-
-
-def _answers_folder(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> FeatureFolder:
-    folder = FeatureFolder(job.storage, "answers", specs["answers"].fingerprint)
-    if not job.storage.exists(empty_name("answers", folder.fingerprint)):
-        raise CacheError(
-            f"{job.storage.root}/{folder.directory}: `llm` is made from `answers`, which this cache does not have "
-            f"with these models and settings; encode both: --features answers,llm"
-        )
-    return folder
+            case Untried():
+                writer.add_untried(row.original)
 
 
 def quarantined_clips(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> dict[str, str]:
@@ -380,14 +368,23 @@ def check_quarantine(job: EncodeJob, outcome: EncodeOutcome) -> None:
         )
 
 
-def write_snapshot_if_complete(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> Snapshot | None:
-    """Snapshot the features of the job and those that the cache has besides; None while shards are missing."""
-    folders = {feature: FeatureFolder(job.storage, feature, specs[feature].fingerprint) for feature in job.features}
-    if incomplete_shards(job.plan, folders.values()):
+def write_snapshot_if_complete(
+    storage: LocalStorage, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]
+) -> Snapshot | None:
+    """Snapshot some features and those that the cache has besides; None while shards of the former are missing.
+
+    Where the cache has a feature besides more than once, the newest snapshot says which.
+    """
+    if incomplete_shards(plan, folders.values()):
         return None
+    chosen = dict(folders)
+    present = find_features(storage)
+    newest = list_snapshots(storage)[-1:]
     for feature in FEATURES:
-        others = [folder for folder in find_features(job.storage) if folder.feature == feature]
-        unambiguous = feature not in folders and len(others) == 1
-        if unambiguous and not incomplete_shards(job.plan, others):
-            folders[feature] = others[0]
-    return write_snapshot(job.storage, job.plan, folders)
+        others = [folder for folder in present if folder.feature == feature]
+        pinned = {one.features[feature].fingerprint for one in newest if feature in one.features}
+        if len(others) > 1:
+            others = [folder for folder in others if any(name.startswith(folder.fingerprint) for name in pinned)]
+        if feature not in folders and others and not incomplete_shards(plan, others):
+            chosen[feature] = others[0]
+    return write_snapshot(storage, plan, chosen) if chosen else None

@@ -11,6 +11,7 @@ from mimir_precompute.config import Geometry
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.overlap import Channel, Crew
 from mimir_precompute.rejection import ClipRejected, RejectionReason
+from mimir_precompute.remake import Remake
 from mimir_precompute.shard_writer import answers_hash, caption_hash
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.feature_folder import FeatureFolder
@@ -71,7 +72,15 @@ class Rejected:
     source_xxh3: int | None = None
 
 
-Prepared = Ready | Copied | Rejected
+@dataclass(frozen=True, kw_only=True)
+class Untried:
+    """A quarantined clip whose line is taken over from an earlier generation of the shard."""
+
+    clip: PlannedClip
+    original: SampleRecord
+
+
+Prepared = Ready | Copied | Rejected | Untried
 
 Slot = Channel[Prepared]
 """Where a clip is put once it is prepared."""
@@ -106,13 +115,20 @@ class ClipPreparer:
         folder: FeatureFolder,
         answers: FeatureFolder | None,
         decoder: ClipDecoder,
+        remakes: Mapping[int, Remake],
     ) -> None:
+        """For one feature.
+
+        Args:
+            remakes: shard → what of it is to be encoded anew, for shards that are made again.
+        """
         self.plan = plan
         self.geometry = geometry
         self.folder = folder
         self.answers = answers
         self.decoder = decoder
         self.root = Path(plan.settings.source_root)
+        self.remakes = remakes
         self.done = folder.generations()
 
     def for_shard(self, shard: int) -> "ShardPreparer":
@@ -136,23 +152,30 @@ class ShardPreparer:
         """What the shard is to hold, in row order."""
         self._feature = feature
         self._answers = answers
+        self._remake = feature.remakes.get(shard)
         self._older_records: dict[int, CommitRecord] = {}
 
     def prepare(self, clip: PlannedClip) -> Prepared:
         """Fetch, decode or copy one row. A fault of the clip makes it Rejected; one of the machine raises."""
+        if self._remake is not None and self._remake.base is not None:
+            original = self._remake.takes_over(clip.row)
+            if original is not None:
+                return self._take_over(clip, original, self._remake.base)
         source_xxh3 = None
         try:
             if self._feature.plan.is_superseded(clip):
                 raise ClipRejected("plan", "superseded", "a later plan changed or removed this clip")
+            older = self._feature.plan.older_rows(clip)
             if self._feature.folder.feature == "latents":
                 source = find_source(self._feature.root, clip)
-                older = self._feature.plan.older_rows(clip)
                 if older:
                     source_xxh3 = hash_source(source)
                 copied = self._copy(clip, older, source_xxh3)
                 return copied if copied is not None else self._decode(clip, source)
-            copied = self._copy(clip, self._feature.plan.older_rows(clip), None)
-            return copied if copied is not None else self._text(clip)
+            answer = self._answer(clip)
+            source_xxh3 = None if answer is None else answers_hash(answer)
+            copied = self._copy(clip, older, source_xxh3)
+            return copied if copied is not None else self._text(clip, answer, source_xxh3)
         except ClipRejected as rejection:
             if source_xxh3 is None:
                 source_xxh3 = rejection.source_xxh3
@@ -168,19 +191,29 @@ class ShardPreparer:
             source_xxh3=pixels.source_xxh3,
         )
 
-    def _text(self, clip: PlannedClip) -> Ready:
+    def _answer(self, clip: PlannedClip) -> SampleRecord | None:
+        """The clip's answers, for `llm`. Raises ClipRejected where they are lost."""
+        if self._answers is None:
+            return None
+        sample = self._answers.samples[clip.row]
+        if sample.status != "ok":
+            reason: RejectionReason = sample.reason  # type: ignore[assignment]  # our own record
+            raise ClipRejected("answers", reason, sample.detail or "")
+        return sample
+
+    def _text(self, clip: PlannedClip, answer: SampleRecord | None, source_xxh3: int | None) -> Ready:
         answers: Mapping[str, Any] | None = None
-        source_xxh3 = None
-        if self._answers is not None:
+        if answer is not None:
+            assert self._answers is not None, "an answer of a record"
             assert self._feature.answers is not None, "a record of a folder"
-            sample = self._answers.samples[clip.row]
-            if sample.status != "ok":
-                reason: RejectionReason = sample.reason  # type: ignore[assignment]  # our own record
-                raise ClipRejected("answers", reason, sample.detail or "")
-            answers, _ = self._feature.answers.read_sample(self._answers, sample)
-            source_xxh3 = answers_hash(sample)
+            answers, _ = self._feature.answers.read_sample(self._answers, answer)
         item = EncoderInput(key=clip.key, caption=clip.caption, answers=answers)
         return Ready(clip=clip, item=item, bucket=None, source_xxh3=source_xxh3)
+
+    def _take_over(self, clip: PlannedClip, original: SampleRecord, base: CommitRecord) -> Copied | Untried:
+        if original.status == "ok":
+            return Copied(clip=clip, original=original, record=base, folder=self._feature.folder)
+        return Untried(clip=clip, original=original)
 
     def _copy(self, clip: PlannedClip, older: Iterable[PlannedClip], source_xxh3: int | None) -> Copied | None:
         """The feature of an earlier row of this key that was made from the same input."""
@@ -193,11 +226,10 @@ class ShardPreparer:
             record = self._older_records[earlier.shard]
             sample = record.samples[earlier.row]
             if self._feature.folder.feature == "latents":
-                trim = (clip.start_s, clip.end_s) == (earlier.start_s, earlier.end_s)
-                same = trim and sample.source_xxh3 == source_xxh3
+                same = (clip.start_s, clip.end_s) == (earlier.start_s, earlier.end_s)
             else:
                 same = sample.caption_xxh3 == caption_hash(clip.caption)
-            if same and sample.status == "ok":
+            if same and sample.source_xxh3 == source_xxh3 and sample.status == "ok":
                 return Copied(clip=clip, original=sample, record=record, folder=self._feature.folder)
         return None
 

@@ -1,0 +1,96 @@
+"""Commands of mimir-precompute that make parts of a cache again: what is typed, checked and handed on.
+
+Nothing heavy is imported up here.
+"""
+
+from typing import Annotated
+
+import typer
+
+from mimir_precompute.cli_options import (
+    WHAT,
+    AcceptQuarantineOption,
+    AnswerVariantsOption,
+    CacheArgument,
+    DecodeWorkersOption,
+    DeviceOption,
+    DtypeOption,
+    InstructionPoolingOption,
+    InstructionsOption,
+    LatentsOption,
+    LlmLayerOption,
+    LlmOption,
+    MaxQuarantinedOption,
+    ModelsOption,
+    T5Option,
+    T5RowsOption,
+    VaeEngineOption,
+    VaeOption,
+    VaeTilingOption,
+)
+from mimir_shared.command_line import echo
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(retry)
+
+
+def retry(
+    cache: CacheArgument,
+    reason: Annotated[str | None, typer.Option(help="Of these reasons alone, e.g. timeout,missing; default: all.",
+                                               rich_help_panel=WHAT, show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Of these stages alone: fetch, decode, geometry, encode.",
+                                              rich_help_panel=WHAT, show_default=False)] = None,
+    key: Annotated[list[str] | None, typer.Option(help="This clip; repeatable.", rich_help_panel=WHAT,
+                                                  show_default=False)] = None,
+    features: Annotated[str, typer.Option(help="Of these features.", rich_help_panel=WHAT)]
+    = "latents,t5,answers,llm",
+    models: ModelsOption = None,
+    vae: VaeOption = None,
+    t5: T5Option = None,
+    llm: LlmOption = None,
+    dtype: DtypeOption = None,
+    latents: LatentsOption = "moments",
+    vae_tiling: VaeTilingOption = False,
+    vae_engine: VaeEngineOption = "fast",
+    t5_rows: T5RowsOption = "all",
+    answer_variants: AnswerVariantsOption = 1,
+    instructions: InstructionsOption = None,
+    llm_layer: LlmLayerOption = "last",
+    instruction_pooling: InstructionPoolingOption = "mean",
+    device: DeviceOption = "auto",
+    decode_workers: DecodeWorkersOption = 2,
+    max_quarantined: MaxQuarantinedOption = 0.01,
+    accept_quarantine: AcceptQuarantineOption = False,
+) -> None:  # fmt: skip
+    """Try quarantined clips again, with the models that made the cache; good samples keep their bytes."""
+    from mimir_precompute.commands_remake import RemakeRequest, run_retry
+    from mimir_precompute.messages import describe_retry
+    from mimir_precompute.model_options import ModelOptions
+    from mimir_precompute.retry import parse_choice
+
+    choice = parse_choice(reason, stage, key or [], features)
+    request = RemakeRequest(
+        cache=cache,
+        models=ModelOptions(
+            models=models,
+            vae=vae,
+            t5=t5,
+            llm=llm,
+            dtype=dtype,
+            stored_latents=latents,
+            vae_tiling=vae_tiling,
+            vae_engine=vae_engine,
+            t5_rows=t5_rows,
+            answer_variants=answer_variants,
+            instructions=instructions,
+            llm_layer=llm_layer,
+            instruction_pooling=instruction_pooling,
+            device=device,
+        ),
+        decode_workers=decode_workers,
+        max_quarantined=max_quarantined,
+        accept_quarantine=accept_quarantine,
+    )
+    echo(describe_retry(cache, run_retry(request, choice)))

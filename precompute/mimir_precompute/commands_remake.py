@@ -1,0 +1,58 @@
+"""From the options of the commands that make shards again, checked, to one call of the work."""
+
+from dataclasses import dataclass
+
+from mimir_precompute.commands import open_encoders
+from mimir_precompute.device import choose_device
+from mimir_precompute.model_options import ModelOptions
+from mimir_precompute.pipeline import EncodeJob
+from mimir_precompute.remake import Remaking
+from mimir_precompute.retry import RetryChoice, RetryOutcome, retry_clips
+from mimir_precompute.termination import working_on
+from mimir_shared.features import FeatureName
+from mimir_shared.plan_file import Plan
+from mimir_shared.storage import LocalStorage, open_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemakeRequest:
+    """The options that `retry` and `verify --repair` share, as typed."""
+
+    cache: str
+    models: ModelOptions
+    decode_workers: int
+    max_quarantined: float
+    accept_quarantine: bool
+
+
+def run_retry(request: RemakeRequest, choice: RetryChoice) -> RetryOutcome:
+    """Try quarantined clips again with the models that were asked for."""
+    from mimir_precompute.progress import Progress
+    from mimir_precompute.provenance import RunLog
+
+    device = choose_device(request.models.device)
+    storage = open_storage(request.cache)
+    storage.check_writable()
+
+    def make_job(plan: Plan, features: tuple[FeatureName, ...], remaking: Remaking) -> EncodeJob:
+        return remake_job(request, storage, plan, features, remaking)
+
+    with working_on(storage):
+        return retry_clips(storage, choice, make_job, Progress(), RunLog(storage, device))
+
+
+def remake_job(
+    request: RemakeRequest, storage: LocalStorage, plan: Plan, features: tuple[FeatureName, ...], remaking: Remaking
+) -> EncodeJob:
+    """A job over all shards of some features. Raises InputError for models that are missing."""
+    return EncodeJob(
+        storage=storage,
+        plan=plan,
+        encoders=open_encoders(plan, request.models, features),
+        shards=tuple(range(plan.num_shards)),
+        features=features,
+        max_quarantined=request.max_quarantined,
+        accept_quarantine=request.accept_quarantine,
+        remaking=remaking,
+        decode_workers=request.decode_workers,
+    )

@@ -1,0 +1,37 @@
+"""The features of the empty prompt, for the unconditional branch of training: one file beside the shards."""
+
+from mimir_precompute.encoders.base import Encoder
+from mimir_shared.errors import CacheError
+from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.formats.webdataset import document_bytes
+from mimir_shared.layout import empty_name
+from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_sealed_tensors
+
+
+def publish_empty(folder: FeatureFolder, encoder: Encoder, answers: FeatureFolder | None) -> None:
+    """Store the feature of the empty prompt, for the unconditional branch, if it has one."""
+    name = empty_name(folder.feature, folder.fingerprint)
+    if folder.storage.exists_durably(name):
+        return
+    document = None
+    if answers is not None:
+        answers_name = empty_name("answers", answers.fingerprint)
+        document = read_sealed_json(answers.storage.read(answers_name), f"{answers.storage.root}/{answers_name}")
+    encoded = encoder.encode_empty(document)
+    if encoded is None:
+        return
+    if encoded.tensors:
+        valid = document_bytes(dict(encoded.valid_rows)).decode()
+        data = write_sealed_tensors(encoded.tensors, {"valid_rows": valid})
+    else:
+        data = write_sealed_json(dict(encoded.document))
+    folder.storage.create(name, data)
+
+
+def require_answers(answers: FeatureFolder) -> None:
+    """Raise CacheError where the cache does not have the answers that `llm` is made from."""
+    if not answers.storage.exists(empty_name("answers", answers.fingerprint)):
+        raise CacheError(
+            f"{answers.storage.root}/{answers.directory}: `llm` is made from `answers`, which this cache does not have "
+            f"with these models and settings; encode both: --features answers,llm"
+        )
