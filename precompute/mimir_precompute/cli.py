@@ -15,6 +15,8 @@ from mimir_precompute.cli_options import (
     Cache,
     CaptionKeyOption,
     Clips,
+    DecodeMemoryOption,
+    DecodeTimeoutOption,
     DecodeWorkersOption,
     DeviceOption,
     DtypeOption,
@@ -129,6 +131,8 @@ def encode(
                                                       show_default=False)] = None,
     device: DeviceOption = "auto",
     decode_workers: DecodeWorkersOption = 2,
+    decode_timeout_s: DecodeTimeoutOption = 60,
+    decode_memory_gb: DecodeMemoryOption = 4,
     max_quarantined: MaxQuarantinedOption = 0.01,
     accept_quarantine: AcceptQuarantineOption = False,
     on_mismatch: Annotated[str, typer.Option(help="error, or new: keep features made otherwise side by side.",
@@ -136,6 +140,7 @@ def encode(
 ) -> None:  # fmt: skip
     """Encode the clips into the cache; run it again and it goes on where it stopped."""
     from mimir_precompute.commands import EncodeRequest, run_encode
+    from mimir_precompute.config import DecodeLimits
     from mimir_precompute.messages import describe_outcome
     from mimir_precompute.model_options import ModelOptions
 
@@ -166,6 +171,7 @@ def encode(
         ),
         output_format=output_format,
         decode_workers=decode_workers,
+        decode_limits=DecodeLimits(timeout_s=decode_timeout_s, memory_gb=decode_memory_gb),
         max_quarantined=max_quarantined,
         accept_quarantine=accept_quarantine,
         on_mismatch=on_mismatch,

@@ -112,8 +112,19 @@ InstructionPoolingOption = Annotated[
 ]  # fmt: skip
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=WHERE)]
 DecodeWorkersOption = Annotated[
-    int, typer.Option("--decode-workers", help="Threads that decode clips ahead.", min=1, rich_help_panel=WHERE)
+    int,
+    typer.Option("--decode-workers", help="Processes that decode clips ahead.", min=1, rich_help_panel=WHERE),
 ]
+DecodeTimeoutOption = Annotated[
+    float,
+    typer.Option("--decode-timeout-s", help="CPU seconds that decoding one clip may take; a clip that takes more three "
+                 "times is quarantined.", rich_help_panel=WHERE),
+]  # fmt: skip
+DecodeMemoryOption = Annotated[
+    float,
+    typer.Option("--decode-memory-gb", help="GB that decoding one clip may take; one that needs more is quarantined.",
+                 rich_help_panel=WHERE),
+]  # fmt: skip
 MaxQuarantinedOption = Annotated[
     float,
     typer.Option("--max-quarantined", help="Share of unusable clips above which the exit code is 3.", min=0, max=1,

@@ -12,6 +12,8 @@ from mimir_precompute.cli_options import (
     AcceptQuarantineOption,
     AnswerVariantsOption,
     CacheArgument,
+    DecodeMemoryOption,
+    DecodeTimeoutOption,
     DecodeWorkersOption,
     DeviceOption,
     DtypeOption,
@@ -61,11 +63,14 @@ def retry(
     instruction_pooling: InstructionPoolingOption = "mean",
     device: DeviceOption = "auto",
     decode_workers: DecodeWorkersOption = 2,
+    decode_timeout_s: DecodeTimeoutOption = 60,
+    decode_memory_gb: DecodeMemoryOption = 4,
     max_quarantined: MaxQuarantinedOption = 0.01,
     accept_quarantine: AcceptQuarantineOption = False,
 ) -> None:  # fmt: skip
     """Try quarantined clips again, with the models that made the cache; good samples keep their bytes."""
     from mimir_precompute.commands_remake import RemakeRequest, run_retry
+    from mimir_precompute.config import DecodeLimits
     from mimir_precompute.messages import describe_retry
     from mimir_precompute.model_options import ModelOptions
     from mimir_precompute.retry import parse_choice
@@ -90,6 +95,7 @@ def retry(
             device=device,
         ),
         decode_workers=decode_workers,
+        decode_limits=DecodeLimits(timeout_s=decode_timeout_s, memory_gb=decode_memory_gb),
         max_quarantined=max_quarantined,
         accept_quarantine=accept_quarantine,
     )

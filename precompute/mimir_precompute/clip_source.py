@@ -16,7 +16,9 @@ from mimir_shared.errors import MachineError
 
 _CHUNK_BYTES = 2**20
 
-# Everything else that open() or read() can raise (EIO, ESTALE, ENOTCONN, EMFILE, …) is the machine's fault.
+# What open() says of this one file. Everything else that it or read() can raise (EIO, ESTALE, ENOTCONN, ENOMEM, EMFILE,
+# …) is the machine's fault. Where a whole mount fails in these ways (no longer there, all denied), the folder is looked
+# at when a clip is missing (refuse_vanished_root), and a shard that loses half of its clips stops the run.
 _CLIP_FAULTS: dict[int, tuple[RejectionReason, str]] = {
     errno.ENOENT: ("missing", "no such file"),
     errno.ENOTDIR: ("missing", "no such file: a part of its path is not a folder"),
@@ -61,6 +63,10 @@ class SourceFile(io.RawIOBase):
     def tell(self) -> int:
         return self._file.tell()
 
+    def fileno(self) -> int:
+        """Of the open file; raises OSError where the bytes lie in memory."""
+        return self._file.fileno()
+
 
 @contextmanager
 def open_source(source: bytes | Path) -> Iterator[SourceFile]:
@@ -78,11 +84,20 @@ def open_source(source: bytes | Path) -> Iterator[SourceFile]:
             yield watched
         finally:
             if watched.fault is not None:
-                where = source if isinstance(source, Path) else "the clip's bytes"
-                raise MachineError(
-                    f"{where}: reading failed: {watched.fault.strerror}; the clip is not to blame: "
-                    "mend the disk or mount and run the same command again"
-                ) from watched.fault
+                raise reading_failed(source, watched.fault.strerror) from watched.fault
+
+
+def source_name(source: bytes | Path) -> str:
+    """For messages to people; never part of a record."""
+    return str(source) if isinstance(source, Path) else "a clip in a tar"
+
+
+def reading_failed(source: bytes | Path, why: str | None) -> MachineError:
+    """The error of a disk or mount that fails while a clip is read."""
+    return MachineError(
+        f"{source_name(source)}: reading failed: {why}; the clip is not to blame: "
+        "mend the disk or mount and run the same command again"
+    )
 
 
 @contextmanager
@@ -109,6 +124,21 @@ def _open_regular_file(source: bytes | Path) -> Iterator[BinaryIO]:
         raise ClipRejected("fetch", "unreadable", "a folder" if stat.S_ISDIR(mode) else "not a regular file")
     with os.fdopen(descriptor, "rb") as file:
         yield file
+
+
+def refuse_vanished_root(root: Path) -> None:
+    """Raise MachineError where a clip is missing because the folder of all clips is: no such folder, or empty."""
+    try:
+        with os.scandir(root) as entries:
+            if any(True for _ in entries):
+                return
+        why = "it is empty"
+    except OSError as fault:
+        why = str(fault.strerror)
+    raise MachineError(
+        f"{root}: the clips cannot be read from there any more ({why}); no clip is to blame: mount or restore the "
+        "folder and run the same command again"
+    )
 
 
 def hash_source(source: bytes | Path) -> int:

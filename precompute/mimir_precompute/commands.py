@@ -1,12 +1,13 @@
 """From the options of the command line, checked, to one call of the work."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mimir_precompute.clip_list import read_clip_list
-from mimir_precompute.config import ModelSource
+from mimir_precompute.config import DecodeLimits, ModelSource
 from mimir_precompute.device import choose_device
 from mimir_precompute.messages import describe_plan
 from mimir_precompute.model_options import ModelOptions, encode_settings
@@ -42,6 +43,7 @@ class EncodeRequest:
     models: ModelOptions
     output_format: str | None
     decode_workers: int
+    decode_limits: DecodeLimits
     max_quarantined: float
     accept_quarantine: bool
     on_mismatch: str
@@ -70,6 +72,7 @@ def run_plan(
 
 def run_encode(request: EncodeRequest) -> EncodeOutcome:
     """Check every option, plan where clips are given, and encode."""
+    from mimir_precompute.decode_sandbox import DecodeSandbox
     from mimir_precompute.progress import Progress
     from mimir_precompute.provenance import RunLog
 
@@ -85,6 +88,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     shards = parse_shards(request.shards, plan.num_shards)
     storage.check_writable()
     encoders = open_encoders(plan, request.models, features)
+    decoder = DecodeSandbox(request.decode_limits)
     job = EncodeJob(
         storage=storage,
         plan=plan,
@@ -96,8 +100,9 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
         max_quarantined=request.max_quarantined,
         accept_quarantine=request.accept_quarantine,
         decode_workers=request.decode_workers,
+        decoder=decoder,
     )
-    with working_on(storage):
+    with working_on(storage), closing(decoder):
         return encode_cache(job, progress, RunLog(storage, device))
 
 

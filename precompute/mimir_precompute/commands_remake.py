@@ -1,8 +1,11 @@
 """From the options of the commands that make shards again, checked, to one call of the work."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
+from mimir_precompute.clips import ClipDecoder
 from mimir_precompute.commands import open_encoders
+from mimir_precompute.config import DecodeLimits
 from mimir_precompute.device import choose_device
 from mimir_precompute.model_options import ModelOptions
 from mimir_precompute.pipeline import EncodeJob
@@ -21,28 +24,36 @@ class RemakeRequest:
     cache: str
     models: ModelOptions
     decode_workers: int
+    decode_limits: DecodeLimits
     max_quarantined: float
     accept_quarantine: bool
 
 
 def run_retry(request: RemakeRequest, choice: RetryChoice) -> RetryOutcome:
     """Try quarantined clips again with the models that were asked for."""
+    from mimir_precompute.decode_sandbox import DecodeSandbox
     from mimir_precompute.progress import Progress
     from mimir_precompute.provenance import RunLog
 
     device = choose_device(request.models.device)
     storage = open_storage(request.cache)
     storage.check_writable()
+    decoder = DecodeSandbox(request.decode_limits)
 
     def make_job(plan: Plan, features: tuple[FeatureName, ...], remaking: Remaking) -> EncodeJob:
-        return remake_job(request, storage, plan, features, remaking)
+        return remake_job(request, storage, plan, features, remaking, decoder)
 
-    with working_on(storage):
+    with working_on(storage), closing(decoder):
         return retry_clips(storage, choice, make_job, Progress(), RunLog(storage, device))
 
 
 def remake_job(
-    request: RemakeRequest, storage: LocalStorage, plan: Plan, features: tuple[FeatureName, ...], remaking: Remaking
+    request: RemakeRequest,
+    storage: LocalStorage,
+    plan: Plan,
+    features: tuple[FeatureName, ...],
+    remaking: Remaking,
+    decoder: ClipDecoder,
 ) -> EncodeJob:
     """A job over all shards of some features. Raises InputError for models that are missing."""
     return EncodeJob(
@@ -55,4 +66,5 @@ def remake_job(
         accept_quarantine=request.accept_quarantine,
         remaking=remaking,
         decode_workers=request.decode_workers,
+        decoder=decoder,
     )

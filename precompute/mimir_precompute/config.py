@@ -61,6 +61,24 @@ class Geometry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeLimits:
+    """What decoding one clip may take. They change no byte of a clip that keeps to them, so no identity has them."""
+
+    timeout_s: float = 60
+    """Seconds of CPU time; as long by the clock for a decoder that waits instead of computing. Ten seconds of
+    4K HEVC at 60 frames a second take about half of it."""
+    memory_gb: float = 4
+    """GB (10^9 bytes) beyond what an idle decoder has mapped. Enough for 8K frames, of which a decoder keeps up to
+    twenty; a bomb can take so much once for each decode worker."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < float("inf"):
+            raise InputError(f"--decode-timeout-s must be positive, got {self.timeout_s}")
+        if not 0 < self.memory_gb < float("inf"):
+            raise InputError(f"--decode-memory-gb must be positive, got {self.memory_gb}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """Where one model lies: a folder, or a hub id with an optional revision (`id@revision`)."""
 

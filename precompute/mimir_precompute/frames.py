@@ -13,7 +13,7 @@ import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from mimir_precompute.config import Bucket
-from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.rejection import ClipRejected, RejectionReason
 
 RESIZE_KERNEL = "swscale-bicubic-1"
 """Part of the identity of latents. Change the number whenever the code below changes a pixel.
@@ -168,7 +168,8 @@ class FrameCutter:
             return self._orientation.apply(self._scale_and_crop(frame))
         except av.FFmpegError as error:
             detail = f"frames of {frame.format.name} cannot be converted to RGB: {error.strerror}"
-            raise ClipRejected("decode", "unsupported_format", detail) from error
+            reason: RejectionReason = "out_of_memory" if isinstance(error, MemoryError) else "unsupported_format"
+            raise ClipRejected("decode", reason, detail) from error
 
     def _scale_and_crop(self, frame: av.VideoFrame) -> Pixels:
         has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)

@@ -86,7 +86,7 @@ class EncodeJob:
     """What to make again of shards that are committed; then nothing else is made."""
     decode_workers: int = 2
     decoder: ClipDecoder = field(default_factory=DecodeInProcess)
-    """How clips are decoded; whoever made it closes it."""
+    """How clips are decoded: by the command in a sandbox. Whoever made it closes it; a job that fails does, too."""
     heartbeat_s: float = HEARTBEAT_S
     """How often this worker tells the others that it lives."""
 

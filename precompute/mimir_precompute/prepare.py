@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mimir_precompute.clip_source import hash_source
+from mimir_precompute.clip_source import hash_source, refuse_vanished_root
 from mimir_precompute.clips import ClipDecoder
 from mimir_precompute.config import Geometry
 from mimir_precompute.encoders.base import Encoded, EncoderInput
@@ -179,6 +179,8 @@ class ShardPreparer:
         except ClipRejected as rejection:
             if source_xxh3 is None:
                 source_xxh3 = rejection.source_xxh3
+            if rejection.reason == "missing":
+                refuse_vanished_root(self._feature.root)
             return Rejected(clip=clip, rejection=rejection, source_xxh3=source_xxh3)
 
     def _decode(self, clip: PlannedClip, source: Path | bytes) -> Ready:
@@ -274,7 +276,8 @@ def prepare_shards(
 
     crew.start("claim", claim_and_assign, wake=claims.close)
     for number in range(workers):
-        crew.start(f"prepare-{number}", prepare)
+        # once the crew stops, nobody waits for a decoder that hangs
+        crew.start(f"prepare-{number}", prepare, wake=preparer.decoder.close)
     for shard, slots in shards:
         yield shard, take(slots)
 

@@ -75,7 +75,7 @@ class Video:
             try:
                 self._container.seek(int(target_s / self._stream.time_base), stream=self._stream)
             except av.FFmpegError as error:
-                raise ClipRejected("decode", "undecodable", f"cannot seek: {_text(error)}") from error
+                raise rejection_of(error, f"cannot seek: {_text(error)}") from error
             self._frames = self._decode()
             frame = next(self._frames, None)
             stamp_s = None if frame is None else _stamp_s(frame)
@@ -92,7 +92,7 @@ class Video:
                 yield frame
         except av.FFmpegError as error:
             detail = f"{_text(error)} after {self._num_decoded} decoded frames"
-            raise ClipRejected("decode", "undecodable", detail) from error
+            raise rejection_of(error, detail) from error
 
     def _duration_s(self, frame: av.VideoFrame) -> Fraction:
         if frame.duration and frame.time_base:
@@ -125,7 +125,7 @@ def open_video(file: SourceFile, source_format: SourceFormat, *, accept_truncate
             io_open=_refuse_to_open,
         )
     except av.FFmpegError as error:
-        raise ClipRejected("decode", "undecodable", f"{_text(error)} in its headers") from error
+        raise rejection_of(error, f"{_text(error)} in its headers") from error
     with container:
         yield Video(container, _video_stream(container))
 
@@ -164,6 +164,11 @@ def _header_end_s(container: InputContainer, stream: VideoStream) -> Fraction | 
 
 def _stamp_s(frame: av.VideoFrame) -> Fraction | None:
     return None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
+
+
+def rejection_of(error: av.FFmpegError, detail: str) -> ClipRejected:
+    """What an error of FFmpeg means for the clip: damaged, unless memory was refused."""
+    return ClipRejected("decode", "out_of_memory" if isinstance(error, MemoryError) else "undecodable", detail)
 
 
 def _text(error: av.FFmpegError) -> str:
