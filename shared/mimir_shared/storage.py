@@ -90,6 +90,14 @@ class LocalStorage:
         """
         return self._open_files.read_into(self.path(name), offset, buffers)
 
+    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Whole files in the order of their names. Raises as `read`."""
+        return map(self.read, names)
+
+    def forget(self, name: str, offset: int, nbytes: int) -> bool:
+        """False: what a disk has given, it gives again."""
+        return False
+
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError where there is none."""
         return self.path(name).stat().st_size
@@ -325,11 +333,14 @@ class TemporaryFile:
         self.file = file
 
 
-def open_storage(location: str) -> LocalStorage:
-    """The storage behind a `--cache` value. Raises InputError for a scheme that is not supported."""
+def open_folder(location: str) -> LocalStorage:
+    """The folder behind a `--cache` value. Raises InputError for a cache in a bucket."""
     if "://" in location:
         scheme, _, rest = location.partition("://")
         if scheme != "file":
-            raise InputError(f"--cache {location}: {scheme}:// is not supported yet; give a folder")
+            raise InputError(
+                f"--cache {scheme}://…: not supported yet where a cache is made or changed; give a folder, and copy it "
+                f"to the bucket when it is finished"
+            )
         location = rest
     return LocalStorage(Path(location))

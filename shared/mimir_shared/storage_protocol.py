@@ -4,7 +4,7 @@ Names are relative to the cache and use "/". A file appears whole under its name
 may be late, so that nothing is believed to be absent because a listing does not have it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +34,14 @@ class Storage(Protocol):
         """
         ...
 
+    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Whole files in the order of their names. Raises as `read`."""
+        ...
+
+    def forget(self, name: str, offset: int, nbytes: int) -> bool:
+        """To be told of a range whose bytes were not those that were committed; whether to read it once more."""
+        ...
+
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError where there is none."""
         ...
@@ -52,13 +60,6 @@ class Storage(Protocol):
 
     def temporary(self) -> AbstractContextManager[TemporaryFile]:
         """A new file to be published; it is removed when the block ends, published or not."""
-        ...
-
-    def publish(self, temporary: TemporaryFile, name: str) -> bool:
-        """Give a written temporary file its final name, durably.
-
-        Returns: False where the name exists already; the file that has it stays as it is.
-        """
         ...
 
     def publish_content(self, temporary: TemporaryFile, name: str, sha256: str) -> None:

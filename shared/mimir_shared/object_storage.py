@@ -1,0 +1,370 @@
+"""A cache in a bucket: s3://, gs:// or az://, through obstore.
+
+Credentials, region and endpoint come from the environment, configuration files or the machine's role, as the
+services' own tools take them; there is no option for them. Every object is immutable, so that reading one twice
+gives the same bytes and a lost answer to a write can be told from a lost race by reading back.
+"""
+
+import os
+import re
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from mimir_shared.bucket_requests import IncompleteAnswerError, Requester, RequestLimits, describe_fault
+from mimir_shared.errors import InputError, MachineError
+from mimir_shared.local_read_cache import LocalReadCache
+from mimir_shared.storage import LocalStorage, TemporaryFile
+
+SCHEMES: Final = ("s3", "gs", "az")
+
+_UPLOADS: Final = 8
+"""Parts of one object that are written at a time."""
+_READ_AHEAD: Final = 256
+"""Objects of read_many that may be in memory at a time."""
+
+
+class _RuntimeOwner:
+    """The process that started obstore's threads: a fork does not take them along, and its requests would hang."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+
+    def check(self, where: str) -> None:
+        pid = os.getpid()
+        if self._pid is None:
+            self._pid = pid
+        elif self._pid != pid:
+            raise InputError(
+                f"{where}: this process was forked from one that had read from a bucket, whose connections it cannot "
+                f"use; start worker processes by spawn, or fork before the cache is opened"
+            )
+
+
+_owner = _RuntimeOwner()
+
+
+def parse_location(location: str) -> tuple[str, str, str]:
+    """(scheme, bucket, prefix) of a URL. Raises InputError, which never repeats what could be a secret."""
+    scheme, _, rest = location.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    if "@" in bucket or "?" in rest or ":" in bucket or "#" in rest:
+        raise InputError(
+            f"--cache {scheme}://…: a bucket's URL has the form {scheme}://bucket/prefix, without user, password, port "
+            f"or query; credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, "
+            f"AWS_ENDPOINT_URL, …)"
+        )
+    prefix = prefix.strip("/")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket) or any(part in ("", ".", "..") for part in prefix.split("/")[1:]):
+        raise InputError(f"--cache {location}: expected {scheme}://bucket/prefix")
+    return scheme, bucket, prefix
+
+
+class ObjectStorage:
+    """A cache below a prefix of a bucket. Safe between threads; not to be used across a fork."""
+
+    def __init__(
+        self, location: str, local_cache: LocalReadCache | None = None, *, limits: RequestLimits | None = None
+    ) -> None:
+        """Nothing is requested yet. Raises InputError for a URL of another form.
+
+        Args:
+            local_cache: keeps what is read of data files, and the indexes of snapshots.
+        """
+        self._local_cache = local_cache
+        self._scheme, self._bucket, self._prefix = parse_location(location)
+        self._limits = limits or RequestLimits()
+        self._requester = Requester(self._limits)
+        self._lock = threading.Lock()
+        self._stores: dict[bool, Any] = {}
+        self._parts: ThreadPoolExecutor | None = None
+        self._spool = LocalStorage(Path(tempfile.gettempdir()) / f"mimir-uploads-{os.getuid()}")
+
+    @property
+    def root(self) -> str:
+        return f"{self._scheme}://{self._bucket}" + (f"/{self._prefix}" if self._prefix else "")
+
+    def where(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        # not HEAD: its answer has no body, and would not tell a missing object from a missing bucket
+        try:
+            self._get_range("looking for it", name, 0, 1)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises FileNotFoundError where there is none."""
+        return self._get_range("reading its size", name, 0, 1)[1]
+
+    def read(self, name: str) -> bytes:
+        """The whole object, large ones in parts. Raises FileNotFoundError where there is none."""
+        if self._local_cache is not None and _is_kept(name):
+            data = bytearray(self.size(name))
+            filled = self.read_into(name, 0, [memoryview(data)])
+            return bytes(data[:filled])
+        first, size = self._get_range("reading", name, 0, self._limits.part_bytes)
+        if len(first) == size:
+            return bytes(first)
+        data = bytearray(size)
+        data[: len(first)] = first
+        filled = len(first) + self.read_into(name, len(first), [memoryview(data)[len(first) :]])
+        if filled != size:
+            raise MachineError(f"{self.where(name)}: reading failed: it had {size} bytes, then {filled}; run it again")
+        return bytes(data)
+
+    def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
+        """Whole objects in the order of their names, several requests at a time."""
+        with ThreadPoolExecutor(self._limits.connections, "bucket") as pool:
+            for first in range(0, len(names), _READ_AHEAD):
+                yield from pool.map(self.read, names[first : first + _READ_AHEAD])
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers of bytes, one after the other, with what an object holds from `offset` on.
+
+        Returns: bytes read; fewer than the buffers take only where the object ends.
+        Raises: FileNotFoundError; MachineError.
+        """
+        kept = self._local_cache if _is_kept(name) else None
+        if kept is not None and kept.read_into(self.where(name), offset, buffers):
+            return sum(map(len, buffers))
+        filled = self._fetch_into(name, offset, buffers)
+        if kept is not None and filled == sum(map(len, buffers)):
+            kept.add(self.where(name), offset, buffers)
+        return filled
+
+    def forget(self, name: str, offset: int, nbytes: int) -> bool:
+        """Drop what is kept of a range whose bytes are not those that were committed; it is worth reading again."""
+        if self._local_cache is not None:
+            self._local_cache.forget(self.where(name), offset, nbytes)
+        return True
+
+    def _fetch_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+        wanted = sum(map(len, buffers))
+        part = self._limits.part_bytes
+        starts = range(0, wanted, part)
+        if len(starts) <= 1:
+            return _scatter(self._get_range("reading", name, offset, wanted)[0], buffers, 0) if wanted else 0
+
+        def read_part(start: int) -> int:
+            data, _ = self._get_range("reading", name, offset + start, min(part, wanted - start))
+            return _scatter(data, buffers, start)
+
+        return sum(self._pool().map(read_part, starts))
+
+    def list(self, directory: str) -> list[str]:
+        """File and folder names directly below `directory`, sorted; empty where it does not exist. Never remembered."""
+        found = self._requester.run(
+            f"listing in bucket {self._bucket}",
+            self.where(directory),
+            lambda: obstore.list_with_delimiter(self._store(), directory),
+        )
+        names = {prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"]}
+        names |= {entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]}
+        return sorted(names)
+
+    def check_writable(self) -> None:
+        """Raise early where the bucket takes no objects, or would overwrite one that exists.
+
+        Raises: MachineError; InputError for a service without conditional writes, on which no commit is safe.
+        """
+        probe = f"tmp/probe-{uuid.uuid4().hex}"
+        self.create(probe, b"first")
+        safe = not self.create(probe, b"second")
+        self._requester.run(
+            f"removing from bucket {self._bucket}", self.where(probe), lambda: obstore.delete(self._store(), probe)
+        )
+        if not safe:
+            raise InputError(
+                f"{self.root}: the service overwrites an object that was to be created only if absent (If-None-Match), "
+                f"so that workers could undo each other's commits; use a service that honours it"
+            )
+
+    def temporary(self) -> AbstractContextManager[TemporaryFile]:
+        """A new file on this machine's disk, to be uploaded whole."""
+        return self._spool.temporary()
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Publish `data` under `name` if nothing has that name yet; False where something has."""
+        attempts = 0
+
+        def put() -> bool:
+            nonlocal attempts
+            attempts += 1
+            try:
+                obstore.put(self._store(), name, data, mode="create", use_multipart=False)
+            except (AlreadyExistsError, PreconditionError) as taken:
+                if describe_fault(taken).status != 412:
+                    raise  # 409: another writer is at it now, nothing is decided
+                # An earlier try of ours may have been done and its answer lost: then the bytes are ours.
+                return attempts > 1 and self.read(name) == data
+            return True
+
+        return self._requester.run(f"writing to bucket {self._bucket}", self.where(name), put)
+
+    def publish_content(self, temporary: TemporaryFile, name: str, sha256: str) -> None:
+        """Upload a written temporary file under the name that follows from its content.
+
+        An object of that name is written again: with the same bytes, whole or not at all.
+        """
+        temporary.file.flush()
+        nbytes = os.stat(temporary.path).st_size
+
+        def upload() -> None:
+            try:
+                obstore.put(
+                    self._store(retries=True), name, temporary.path, chunk_size=self._limits.part_bytes,
+                    max_concurrency=_UPLOADS,
+                )  # fmt: skip
+            except (BaseError, FileNotFoundError):
+                # the answer to the last step may be lost, and that step cannot be repeated
+                if not self._has_size(name, nbytes):
+                    raise
+
+        self._requester.run(f"writing to bucket {self._bucket}", self.where(name), upload)
+        if not self._has_size(name, nbytes):
+            raise MachineError(
+                f"{self.where(name)}: writing failed: {nbytes} bytes were sent, other are there; run it again"
+            )
+
+    def exists_durably(self, name: str) -> bool:
+        return self.exists(name)  # what the service has confirmed, it keeps
+
+    def settle(self, directory: str) -> None:
+        """Nothing to be done: what the service has confirmed, it keeps."""
+
+    def remove_abandoned(self) -> int:
+        """Remove spooled files whose process, on this machine, is dead. Returns how many."""
+        return self._spool.remove_abandoned()
+
+    def tidy(self) -> None:
+        """Remove what this process has spooled and not uploaded."""
+        self._spool.tidy()
+
+    def stop_creating(self) -> None:
+        self._spool.stop_creating()
+
+    def _has_size(self, name: str, nbytes: int) -> bool:
+        try:
+            return self.size(name) == nbytes
+        except FileNotFoundError:
+            return False
+
+    def _get_range(self, action: str, name: str, offset: int, nbytes: int) -> tuple[memoryview, int]:
+        """(bytes, size of the object); fewer bytes than asked for only where the object ends."""
+
+        def get() -> tuple[memoryview, int]:
+            answer = obstore.get(self._store(), name, options={"range": (offset, offset + nbytes)})
+            begin, end = answer.range
+            size = answer.meta["size"]
+            data = memoryview(answer.bytes())
+            if begin != offset or end != min(offset + nbytes, size) or len(data) != end - begin:
+                raise IncompleteAnswerError
+            return data, size
+
+        try:
+            return self._requester.run(f"{action} in bucket {self._bucket}", self.where(name), get)
+        except BaseError as fault:
+            if describe_fault(fault).status != 416:
+                raise
+            return memoryview(b""), offset  # the object ends at `offset` or before it
+
+    def _store(self, *, retries: bool = False) -> Any:  # a class of obstore's for each service
+        _owner.check(self.root)
+        with self._lock:
+            if retries not in self._stores:
+                self._stores[retries] = _open_store(self._scheme, self._bucket, self._prefix, self._limits, retries)
+            return self._stores[retries]
+
+    def _pool(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._parts is None:
+                self._parts = ThreadPoolExecutor(self._limits.connections, "bucket-parts")
+            return self._parts
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a name follows from the content, so that what was once read under it stays true."""
+    return "/data/" in name or name.endswith("/index.arrow")
+
+
+def _scatter(data: memoryview, buffers: Sequence[memoryview], begin: int) -> int:
+    """Copy bytes to their places in buffers that follow one another, from byte `begin` of them all on."""
+    taken = 0
+    for buffer in buffers:
+        if begin < len(buffer) and taken < len(data):
+            count = min(len(buffer) - begin, len(data) - taken)
+            buffer[begin : begin + count] = data[taken : taken + count]
+            taken += count
+        begin = max(begin - len(buffer), 0)
+    return len(data)
+
+
+def _open_store(scheme: str, bucket: str, prefix: str, limits: RequestLimits, retries: bool) -> Any:
+    settings: dict[str, Any] = {
+        "prefix": prefix or None,
+        "client_options": {
+            "connect_timeout": timedelta(seconds=limits.connect_s),
+            "timeout": timedelta(seconds=limits.request_s),
+            "user_agent": "mimir-t2v",
+        },
+        # Parts of an upload are tried again one by one; all else by the Requester, which sees more.
+        "retry_config": {
+            "max_retries": 10 if retries else 0,
+            "backoff": {
+                "init_backoff": timedelta(seconds=limits.first_pause_s),
+                "max_backoff": timedelta(seconds=limits.longest_pause_s),
+                "base": 2,
+            },
+            "retry_timeout": timedelta(seconds=limits.action_s),
+        },
+    }
+    try:
+        if scheme == "gs":
+            return GCSStore(bucket, **settings)
+        if scheme == "az":
+            return AzureStore(bucket, **settings)
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        if endpoint.startswith("http://"):
+            settings["client_options"]["allow_http"] = True  # whoever writes http:// means it
+        return S3Store(bucket, credential_provider=_profile_credentials(), **settings)
+    except (BaseError, ValueError) as fault:
+        raise InputError(
+            f"{scheme}://{bucket}: the settings in the environment do not make a connection ({type(fault).__name__}); "
+            f"see the service's own names: AWS_…, GOOGLE_…, AZURE_STORAGE_…"
+        ) from None
+
+
+def _profile_credentials() -> Any:  # a class of obstore's that needs boto3
+    """What ~/.aws says, for keys in the environment and roles of machines are found without."""
+    profile = os.environ.get("AWS_PROFILE")
+    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
+    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_SKIP_SIGNATURE") or not (profile or file.is_file()):
+        return None
+    try:
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise InputError(
+            f"{'AWS_PROFILE' if profile else file}: profiles are read by boto3, which is not installed: pip install "
+            f"boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
+    try:
+        return Boto3CredentialProvider()
+    except (BotoCoreError, ValueError) as fault:
+        raise InputError(
+            f"{f'AWS_PROFILE {profile}' if profile else file}: no credentials ({type(fault).__name__}); mend the file, "
+            f"or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None

@@ -1,0 +1,32 @@
+"""From what a user calls a cache to the storage that holds it."""
+
+from pathlib import Path
+from typing import Final
+
+from mimir_shared.errors import InputError
+from mimir_shared.storage import open_folder
+from mimir_shared.storage_protocol import Storage
+
+_BUCKETS: Final = ("s3", "gs", "az")
+_GB: Final = 10**9
+
+
+def open_storage(location: str, *, local_cache_dir: str | None = None, local_cache_gb: float = 100.0) -> Storage:
+    """The storage behind a `--cache` value: a folder, or s3://, gs:// or az:// with bucket and prefix.
+
+    Args:
+        local_cache_dir: folder that keeps what was read from a bucket; None: nothing is kept. A cache in a folder
+            makes no use of it.
+        local_cache_gb: the most that may lie there, in 10^9 bytes.
+    Raises: InputError for another scheme, or a URL or folder that cannot be right.
+    """
+    scheme, separator, _ = location.partition("://")
+    if scheme in _BUCKETS and separator:
+        from mimir_shared.local_read_cache import LocalReadCache
+        from mimir_shared.object_storage import ObjectStorage
+
+        kept = LocalReadCache(Path(local_cache_dir), int(local_cache_gb * _GB)) if local_cache_dir else None
+        return ObjectStorage(location, kept)
+    if separator and scheme != "file":
+        raise InputError(f"--cache {scheme}://…: unknown scheme; give a folder, or {', '.join(_BUCKETS)}://bucket/prefix")
+    return open_folder(location)
