@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests uses. Nothing here downloads, and heavy ones are made once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def toy_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("clips")
     write_toy_clips(directory, 12, 0)
     return directory / "clips"
+
+
+@pytest.fixture(scope="session")
+def moto_port() -> Iterator[int]:
+    """Port of a service for buckets, on this machine and in memory."""
+    from tests.buckets import moto_server
+
+    with moto_server() as port:
+        yield port

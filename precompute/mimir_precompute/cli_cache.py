@@ -23,7 +23,7 @@ def status(cache: CacheArgument, as_json: Json = False) -> None:
     """Say how far a cache is."""
     from mimir_precompute.messages import describe_status
     from mimir_precompute.status import read_status
-    from mimir_shared.storage import open_storage
+    from mimir_shared.open_storage import open_storage
 
     found = read_status(open_storage(cache))
     echo(json.dumps(found.to_json()) if as_json else describe_status(cache, found))
@@ -33,7 +33,7 @@ def verify(cache: CacheArgument, as_json: Json = False) -> None:
     """Read everything again and say what is wrong; exit code 4 if something is."""
     from mimir_precompute.messages import describe_verification
     from mimir_precompute.verify import verify_cache
-    from mimir_shared.storage import open_storage
+    from mimir_shared.open_storage import open_storage
 
     report = verify_cache(open_storage(cache))
     echo(json.dumps(report.to_json()) if as_json else describe_verification(cache, report))
@@ -53,7 +53,8 @@ def quarantine(
 
     from mimir_precompute.messages import describe_ledger
     from mimir_precompute.quarantine import ledger_parquet, read_ledger
-    from mimir_shared.storage import machine_faults, open_storage
+    from mimir_shared.open_storage import open_storage
+    from mimir_shared.storage import machine_faults
 
     lines = read_ledger(open_storage(cache))
     if out is not None:
@@ -114,7 +115,7 @@ def diff(
     from mimir_precompute.diff import compare_caches
     from mimir_precompute.messages import describe_difference
     from mimir_precompute.option_values import parse_feature_choices
-    from mimir_shared.storage import open_storage
+    from mimir_shared.open_storage import open_storage
 
     found = compare_caches(
         open_storage(a), open_storage(b), parse_feature_choices(feature_a or []), parse_feature_choices(feature_b or [])

@@ -20,9 +20,10 @@ from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import find_features, select_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.manifest import CacheFormat
+from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, write_snapshot
-from mimir_shared.storage import LocalStorage, open_storage
+from mimir_shared.storage import LocalStorage, open_folder
 
 if TYPE_CHECKING:
     from mimir_precompute.model_encoders import ModelEncoders
@@ -60,7 +61,7 @@ def run_plan(
     dry_run: bool = False,
 ) -> tuple[Plan | None, PlanReport]:
     """Read the list of clips and bring the plan of a cache up to it."""
-    storage = open_storage(cache)
+    storage = open_folder(cache)
     existing = read_plan(storage) if storage.list("plan") else None
     if existing is None:
         request.geometry()  # wrong options are told before a long list is read
@@ -82,7 +83,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     if request.output_format is not None:
         data_format = parse_choice("--format", request.output_format, get_args(CacheFormat))
     device = choose_device(request.models.device)
-    storage = open_storage(request.cache)
+    storage = open_folder(request.cache)
     progress = Progress()
     plan = _plan_for(request, storage, progress)
     shards = parse_shards(request.shards, plan.num_shards)

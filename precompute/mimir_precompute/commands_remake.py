@@ -14,7 +14,7 @@ from mimir_precompute.retry import RetryChoice, RetryOutcome, retry_clips
 from mimir_precompute.termination import working_on
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import Plan
-from mimir_shared.storage import LocalStorage, open_storage
+from mimir_shared.storage import LocalStorage, open_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def run_retry(request: RemakeRequest, choice: RetryChoice) -> RetryOutcome:
     from mimir_precompute.provenance import RunLog
 
     device = choose_device(request.models.device)
-    storage = open_storage(request.cache)
+    storage = open_folder(request.cache)
     storage.check_writable()
     decoder = DecodeSandbox(request.decode_limits)
 

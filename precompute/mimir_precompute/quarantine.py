@@ -16,7 +16,7 @@ from mimir_shared.errors import MachineError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.manifest import SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 MASS_LOSS_CLIPS: Final = 8
 MASS_LOSS_SHARE: Final = 0.5
@@ -59,7 +59,7 @@ LEDGER_SCHEMA = pa.schema(
 )
 
 
-def read_ledger(storage: LocalStorage) -> list[QuarantinedClip]:
+def read_ledger(storage: Storage) -> list[QuarantinedClip]:
     """Every quarantined clip of every feature, in shard order; rows that a later plan replaced are no clips any more.
 
     Raises: InputError where there is no plan, CacheError where a record is damaged.

@@ -48,6 +48,7 @@ class Fault:
     advice: str
     is_transient: bool
     status: int | None = None
+    most_tries: int | None = None
 
 
 _TRANSIENT_STATUS: Final = {408, 409, 425, 429}
@@ -56,7 +57,9 @@ _CREDENTIAL_CODES: Final = {
     "InvalidToken", "AuthenticationFailed",
 }  # fmt: skip
 _NO_BUCKET_CODES: Final = {"NoSuchBucket", "ContainerNotFound"}
-_CREDENTIAL_SOURCES: Final = ("169.254.169.254", "169.254.170.2", "metadata.google.internal", "sts.", "oauth2")
+_CREDENTIAL_SOURCES: Final = re.compile(
+    r"https?://(169\.254\.|metadata\.google\.internal|sts\.|oauth2\.|login\.)|/latest/(api/token|meta-data)"
+)
 _KINDS: Final = {
     "Connect": "no connection to the service",
     "Timeout": "no complete answer in time",
@@ -75,8 +78,9 @@ def describe_fault(fault: Exception) -> Fault:
     status = int(status_found[1]) if status_found else None
     code_found = re.search(r"<Code>(\w{1,60})</Code>", text) or re.search(r'"reason": "(\w{1,60})"', text)
     code = code_found[1] if code_found else ""
-    if any(f"http://{source}" in text or f"https://{source}" in text for source in _CREDENTIAL_SOURCES):
-        return Fault(cause="no credentials were found", advice=_CREDENTIAL_ADVICE, is_transient=False, status=status)
+    if _CREDENTIAL_SOURCES.search(text):
+        # a role's service may be out for a moment; where there is none, nobody wants to wait for it
+        return Fault(cause="no credentials were found", advice=_CREDENTIAL_ADVICE, is_transient=True, most_tries=3)
     shown = " ".join(part for part in (str(status or ""), code) if part)
     if code in _NO_BUCKET_CODES or "specified bucket does not exist" in text:
         return Fault(cause=shown, advice="there is no such bucket; check its name and region", is_transient=False)
@@ -87,7 +91,9 @@ def describe_fault(fault: Exception) -> Fault:
         return Fault(cause=shown, advice="the credentials in use may not do this in that bucket; give others, or the "
                      "permission", is_transient=False, status=status)  # fmt: skip
     if status is not None:
-        is_transient = (status >= 500 and status != 501) or status in _TRANSIENT_STATUS or code in ("RequestTimeout", "SlowDown")
+        is_transient = (
+            (status >= 500 and status != 501) or status in _TRANSIENT_STATUS or code in ("RequestTimeout", "SlowDown")
+        )
         return Fault(cause=shown, advice="", is_transient=is_transient, status=status)
     if "BareRedirect" in text:
         return Fault(cause="redirected to nowhere", advice="the region is wrong: set AWS_REGION", is_transient=False)
@@ -135,7 +141,8 @@ class Requester:
                     raise
             elapsed = time.monotonic() - began
             pause = self._pause(tries)
-            if not fault.is_transient or elapsed + pause > self.limits.action_s:
+            tired = elapsed + pause > self.limits.action_s or tries == fault.most_tries
+            if not fault.is_transient or tired:
                 raise MachineError(self._message(action, where, fault, tries, elapsed)) from None
             time.sleep(pause)
 
@@ -146,5 +153,5 @@ class Requester:
 
     def _message(self, action: str, where: str, fault: Fault, tries: int, elapsed: float) -> str:
         insisted = f" {tries} times in {elapsed:.0f} s" if tries > 1 else ""
-        advice = fault.advice or "nothing that was committed is lost"
-        return f"{where}: {action} failed{insisted}: {fault.cause}; {advice}; then run the same command again"
+        advice = f"{fault.advice}, then" if fault.advice else "nothing that was committed is lost:"
+        return f"{where}: {action} failed{insisted}: {fault.cause}; {advice} run the same command again"

@@ -6,68 +6,30 @@ gives the same bytes and a lost answer to a write can be told from a lost race b
 """
 
 import os
-import re
 import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-from obstore.store import AzureStore, GCSStore, S3Store
 
+from mimir_shared.bucket_client import open_store, parse_location, runtime_owner
 from mimir_shared.bucket_requests import IncompleteAnswerError, Requester, RequestLimits, describe_fault
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.local_read_cache import LocalReadCache
 from mimir_shared.storage import LocalStorage, TemporaryFile
 
-SCHEMES: Final = ("s3", "gs", "az")
-
 _UPLOADS: Final = 8
 """Parts of one object that are written at a time."""
+_SMALLEST_PART: Final = 5 << 20
+"""That S3 takes, but for the last."""
 _READ_AHEAD: Final = 256
 """Objects of read_many that may be in memory at a time."""
-
-
-class _RuntimeOwner:
-    """The process that started obstore's threads: a fork does not take them along, and its requests would hang."""
-
-    def __init__(self) -> None:
-        self._pid: int | None = None
-
-    def check(self, where: str) -> None:
-        pid = os.getpid()
-        if self._pid is None:
-            self._pid = pid
-        elif self._pid != pid:
-            raise InputError(
-                f"{where}: this process was forked from one that had read from a bucket, whose connections it cannot "
-                f"use; start worker processes by spawn, or fork before the cache is opened"
-            )
-
-
-_owner = _RuntimeOwner()
-
-
-def parse_location(location: str) -> tuple[str, str, str]:
-    """(scheme, bucket, prefix) of a URL. Raises InputError, which never repeats what could be a secret."""
-    scheme, _, rest = location.partition("://")
-    bucket, _, prefix = rest.partition("/")
-    if "@" in bucket or "?" in rest or ":" in bucket or "#" in rest:
-        raise InputError(
-            f"--cache {scheme}://…: a bucket's URL has the form {scheme}://bucket/prefix, without user, password, port "
-            f"or query; credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, "
-            f"AWS_ENDPOINT_URL, …)"
-        )
-    prefix = prefix.strip("/")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", bucket) or any(part in ("", ".", "..") for part in prefix.split("/")[1:]):
-        raise InputError(f"--cache {location}: expected {scheme}://bucket/prefix")
-    return scheme, bucket, prefix
 
 
 class ObjectStorage:
@@ -221,13 +183,12 @@ class ObjectStorage:
         """
         temporary.file.flush()
         nbytes = os.stat(temporary.path).st_size
+        part = max(_SMALLEST_PART, self._limits.part_bytes)
 
         def upload() -> None:
             try:
-                obstore.put(
-                    self._store(retries=True), name, temporary.path, chunk_size=self._limits.part_bytes,
-                    max_concurrency=_UPLOADS,
-                )  # fmt: skip
+                store = self._store(retries=True)
+                obstore.put(store, name, temporary.path, chunk_size=part, max_concurrency=_UPLOADS)
             except (BaseError, FileNotFoundError):
                 # the answer to the last step may be lost, and that step cannot be repeated
                 if not self._has_size(name, nbytes):
@@ -282,10 +243,10 @@ class ObjectStorage:
             return memoryview(b""), offset  # the object ends at `offset` or before it
 
     def _store(self, *, retries: bool = False) -> Any:  # a class of obstore's for each service
-        _owner.check(self.root)
+        runtime_owner.check(self.root)
         with self._lock:
             if retries not in self._stores:
-                self._stores[retries] = _open_store(self._scheme, self._bucket, self._prefix, self._limits, retries)
+                self._stores[retries] = open_store(self._scheme, self._bucket, self._prefix, self._limits, retries)
             return self._stores[retries]
 
     def _pool(self) -> ThreadPoolExecutor:
@@ -310,61 +271,3 @@ def _scatter(data: memoryview, buffers: Sequence[memoryview], begin: int) -> int
             taken += count
         begin = max(begin - len(buffer), 0)
     return len(data)
-
-
-def _open_store(scheme: str, bucket: str, prefix: str, limits: RequestLimits, retries: bool) -> Any:
-    settings: dict[str, Any] = {
-        "prefix": prefix or None,
-        "client_options": {
-            "connect_timeout": timedelta(seconds=limits.connect_s),
-            "timeout": timedelta(seconds=limits.request_s),
-            "user_agent": "mimir-t2v",
-        },
-        # Parts of an upload are tried again one by one; all else by the Requester, which sees more.
-        "retry_config": {
-            "max_retries": 10 if retries else 0,
-            "backoff": {
-                "init_backoff": timedelta(seconds=limits.first_pause_s),
-                "max_backoff": timedelta(seconds=limits.longest_pause_s),
-                "base": 2,
-            },
-            "retry_timeout": timedelta(seconds=limits.action_s),
-        },
-    }
-    try:
-        if scheme == "gs":
-            return GCSStore(bucket, **settings)
-        if scheme == "az":
-            return AzureStore(bucket, **settings)
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-        if endpoint.startswith("http://"):
-            settings["client_options"]["allow_http"] = True  # whoever writes http:// means it
-        return S3Store(bucket, credential_provider=_profile_credentials(), **settings)
-    except (BaseError, ValueError) as fault:
-        raise InputError(
-            f"{scheme}://{bucket}: the settings in the environment do not make a connection ({type(fault).__name__}); "
-            f"see the service's own names: AWS_…, GOOGLE_…, AZURE_STORAGE_…"
-        ) from None
-
-
-def _profile_credentials() -> Any:  # a class of obstore's that needs boto3
-    """What ~/.aws says, for keys in the environment and roles of machines are found without."""
-    profile = os.environ.get("AWS_PROFILE")
-    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
-    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_SKIP_SIGNATURE") or not (profile or file.is_file()):
-        return None
-    try:
-        from botocore.exceptions import BotoCoreError
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        raise InputError(
-            f"{'AWS_PROFILE' if profile else file}: profiles are read by boto3, which is not installed: pip install "
-            f"boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from None
-    try:
-        return Boto3CredentialProvider()
-    except (BotoCoreError, ValueError) as fault:
-        raise InputError(
-            f"{f'AWS_PROFILE {profile}' if profile else file}: no credentials ({type(fault).__name__}); mend the file, "
-            f"or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from None

@@ -28,5 +28,7 @@ def open_storage(location: str, *, local_cache_dir: str | None = None, local_cac
         kept = LocalReadCache(Path(local_cache_dir), int(local_cache_gb * _GB)) if local_cache_dir else None
         return ObjectStorage(location, kept)
     if separator and scheme != "file":
-        raise InputError(f"--cache {scheme}://…: unknown scheme; give a folder, or {', '.join(_BUCKETS)}://bucket/prefix")
+        raise InputError(
+            f"--cache {scheme}://…: unknown scheme; give a folder, or {', '.join(_BUCKETS)}://bucket/prefix"
+        )
     return open_folder(location)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mimir_shared.errors import InputError, MachineError
-from mimir_shared.storage import LocalStorage, machine_faults, open_storage
+from mimir_shared.open_storage import open_storage
+from mimir_shared.storage import LocalStorage, machine_faults
 
 
 def test_create_publishes_the_bytes_and_leaves_no_temporary(tmp_path: Path) -> None:
