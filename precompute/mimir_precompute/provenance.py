@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -83,6 +84,7 @@ class RunLog:
             file.write(line + "\n")
 
 
+@cache
 def _installed_versions() -> dict[str, str]:
     versions = {}
     for name in _LIBRARIES:
