@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test test-faults lint clean
 
 help:
 	@echo "make demo   toy clips -> plan -> encode (killed and resumed) -> verify -> train -> sample -> demo/index.html"
 	@echo "make test   every test, on the CPU"
+	@echo "make test-faults   the part of it that kills workers, cuts the power and fills disks"
 	@echo "make lint   ruff, mypy --strict and the import rules"
 	@echo "make clean  remove demo/ and caches of tools (not $(VENV))"
 
@@ -22,7 +23,12 @@ demo: install
 	$(BIN)/python scripts/demo.py demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/faults
+	$(BIN)/python -m pytest -q tests/faults
+
+# kills, power cuts, full disks, races: part of `test`, in a process of its own that never loads torch and so forks fast
+test-faults: install
+	$(BIN)/python -m pytest -q tests/faults
 
 lint: install
 	$(BIN)/ruff check .
