@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from mimir_shared.clip_table import ClipTable
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import NUMPY_DTYPES, DType
@@ -60,9 +61,8 @@ class FeatureColumn:
     """One feature's part of an index. Safe between threads."""
 
     def __init__(
-        self, storage: Storage, snapshot: Snapshot, spec: FeatureSpec, column: pa.StructArray,
-        clips_of_bucket: Mapping[str, np.ndarray],
-    ) -> None:  # fmt: skip
+        self, storage: Storage, snapshot: Snapshot, spec: FeatureSpec, column: pa.StructArray, clips: ClipTable
+    ) -> None:
         """Raises: CacheError where the index does not hold the tensors that the spec promises."""
         pinned = snapshot.features[spec.feature]
         self.feature = spec.feature
@@ -72,53 +72,53 @@ class FeatureColumn:
         self._folder = FeatureFolder(storage, spec.feature, spec.fingerprint)
         self._snapshot = snapshot
         self._column = column
-        self.tensors = _tensor_columns(column, spec, clips_of_bucket, str(storage.root))
+        self._clips = clips
+        self.tensors = _tensor_columns(column, spec, clips.numbers_of_bucket, str(storage.root))
         self._xxh3 = column.field("xxh3").to_numpy(zero_copy_only=False)
         self._checked_shards: set[int] = set()
         self._lock = threading.Lock()
 
-    def read_into(self, number: int, shard: int, buffers: Sequence[memoryview], *, verify: bool, who: str) -> None:
+    def read_into(self, number: int, buffers: Sequence[memoryview], *, verify: bool) -> None:
         """Read the tensors of a clip, each into a buffer of its size.
 
         Args:
-            number: of the clip in the index; `shard`: the one that it lies in.
+            number: of the clip in the index.
             buffers: of bytes, one for each of `tensors`.
             verify: compare the bytes with their xxh3 in the commit record, and once a shard, the record on disk with
                 the one that the snapshot pins.
-            who: names the clip in errors.
-        Raises: CacheError where a file is missing or short, or the bytes are not those that were committed;
-            MachineError where they cannot be read.
+        Raises: CacheError naming clip, shard, row and source where a file is missing or short, or the bytes are not
+            those that were committed; MachineError where they cannot be read.
         """
         if verify:
-            self._check_record(shard)
+            self._check_record(int(self._clips.shards[number]))
         ranges = self._ranges(number, buffers)
         for part in ranges:
-            self._read_range(part, who)
+            self._read_range(part, number)
         if verify and ranges:
             digest = xxhash.xxh3_64()
             for buffer in buffers:
                 digest.update(buffer)
             if digest.intdigest() != int(self._xxh3[number]):
                 raise CacheError(
-                    f"{self._where(ranges[0].file, who)}: its {sum(map(len, buffers))} bytes do not match the hash in "
-                    f"the commit record; the shard is damaged: {self._verify_command}"
+                    f"{self._where(ranges[0].file, number)}: its {sum(map(len, buffers))} bytes do not match the hash "
+                    f"in the commit record; the shard is damaged: {self._verify_command}"
                 )
 
-    def read_document(self, number: int, *, verify: bool, who: str) -> dict[str, Any]:
+    def read_document(self, number: int, *, verify: bool) -> dict[str, Any]:
         """The text of a clip: its key, caption, answers. Raises as read_into."""
         place = {name: int(self._column.field(name)[number].as_py()) for name in _JSON_PLACE}
         data = bytearray(place["json_nbytes"])
         part = _Range(
             file=place["json_file"], offset=place["json_offset"], nbytes=len(data), buffers=[memoryview(data)]
         )
-        self._read_range(part, who)
+        self._read_range(part, number)
         if verify and xxhash.xxh3_64_intdigest(data) != place["json_xxh3"]:
             raise CacheError(
-                f"{self._where(part.file, who)}: its text does not match the hash in the commit record; the shard is "
-                f"damaged: {self._verify_command}"
+                f"{self._where(part.file, number)}: its text does not match the hash in the commit record; the shard "
+                f"is damaged: {self._verify_command}"
             )
         document = json.loads(data)
-        assert isinstance(document, dict), f"{who}: the text is {type(document)}"
+        assert isinstance(document, dict), f"clip {self._clips[number]}: the text is {type(document)}"
         return document
 
     def _ranges(self, number: int, buffers: Sequence[memoryview]) -> list[_Range]:
@@ -136,21 +136,21 @@ class FeatureColumn:
                 ranges.append(_Range(file=file, offset=offset, nbytes=nbytes, buffers=[buffer]))
         return ranges
 
-    def _read_range(self, part: _Range, who: str) -> None:
+    def _read_range(self, part: _Range, number: int) -> None:
         try:
             count = self._storage.read_into(self._files[part.file], part.offset, part.buffers)
         except FileNotFoundError as fault:
             raise CacheError(
-                f"{self._where(part.file, who)}: the file is missing, though the snapshot names it; restore it from a "
-                f"copy, or {self._verify_command}"
+                f"{self._where(part.file, number)}: the file is missing, though the snapshot names it; restore it from "
+                f"a copy, or {self._verify_command}"
             ) from fault
         except OSError as fault:
             raise MachineError(
-                f"{self._where(part.file, who)}: cannot be read: {fault.strerror}; run the same command again"
+                f"{self._where(part.file, number)}: cannot be read: {fault.strerror}; run the same command again"
             ) from fault
         if count != part.nbytes:
             raise CacheError(
-                f"{self._where(part.file, who)}: the file ends after {count} of its {part.nbytes} bytes; it was cut "
+                f"{self._where(part.file, number)}: the file ends after {count} of its {part.nbytes} bytes; it was cut "
                 f"short: {self._verify_command}"
             )
 
@@ -170,8 +170,8 @@ class FeatureColumn:
         with self._lock:
             self._checked_shards.add(shard)
 
-    def _where(self, file: int, who: str) -> str:
-        return f"{self._storage.root}/{self._files[file]}: `{self.feature}` of clip {who}"
+    def _where(self, file: int, number: int) -> str:
+        return f"{self._storage.root}/{self._files[file]}: `{self.feature}` of clip {self._clips[number]}"
 
     @property
     def _verify_command(self) -> str:

@@ -7,7 +7,6 @@ for key in cache:
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from mimir_shared.clip_table import Clip, ClipTable
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_column import FeatureColumn
 from mimir_shared.feature_folder import FeatureSpec, find_features
@@ -31,21 +31,6 @@ _FOOTER_BYTES: Final = 1 << 20
 """Where a seal stands in a plan file, counted from its end: the footer is far smaller."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """One clip of a snapshot."""
-
-    key: str
-    shard: int
-    row: int
-    bucket: str
-    caption: str
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.key!r} (shard {self.shard}, row {self.row}, source {self.source})"
-
-
 class SnapshotReader:
     """A snapshot, open for reading. Clips have keys, and numbers: their rows of the index. Safe between threads."""
 
@@ -53,22 +38,20 @@ class SnapshotReader:
         self.storage = storage
         self.snapshot = snapshot
         self._index = index.combine_chunks()
-        self._shards = self._index["shard"].to_numpy()
-        self._rows = self._index["row"].to_numpy()
+        self.clips = ClipTable(self._index)
         self._columns: dict[FeatureName, FeatureColumn] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Clips that are ok in every feature."""
-        return int(self._index.num_rows)
+        return len(self.clips)
 
     def __iter__(self) -> Iterator[str]:
         """The keys, by shard and row."""
-        for batch in self._index.select(["key"]).to_batches(max_chunksize=4096):
-            yield from batch["key"].to_pylist()
+        return self.clips.keys()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._numbers
+        return isinstance(key, str) and self.clips.number_of(key) is not None
 
     @property
     def features(self) -> tuple[FeatureName, ...]:
@@ -94,12 +77,11 @@ class SnapshotReader:
         )
 
     def clip(self, number: int) -> Clip:
-        text = {name: self._index[name][number].as_py() for name in ("key", "bucket", "caption", "source")}
-        return Clip(shard=int(self._shards[number]), row=int(self._rows[number]), **text)
+        return self.clips[number]
 
     def number_of(self, key: str) -> int:
         """The number of a clip. Raises InputError for a key that the snapshot does not hold."""
-        number = self._numbers.get(key)
+        number = self.clips.number_of(key)
         if number is None:
             raise InputError(
                 f"{self.storage.root}: snapshot {self.snapshot.digest[:12]} has no clip {key!r} among its {len(self)}; "
@@ -121,7 +103,7 @@ class SnapshotReader:
             for tensor in column.tensors
         }
         buffers = [memoryview(tensor.array.reshape(-1).view(np.uint8)) for tensor in tensors.values()]  # type: ignore[arg-type]
-        column.read_into(number, int(self._shards[number]), buffers, verify=verify, who=str(self.clip(number)))
+        column.read_into(number, buffers, verify=verify)
         return tensors
 
     def sample(
@@ -139,7 +121,7 @@ class SnapshotReader:
     def document(self, key: str, feature: FeatureName, *, verify: bool = True) -> dict[str, Any]:
         """The text of one feature of a clip, for instance the LLM's `answers`. Raises as `sample`."""
         number = self.number_of(key)
-        return self.column(feature).read_document(number, verify=verify, who=str(self.clip(number)))
+        return self.column(feature).read_document(number, verify=verify)
 
     def read_empty(self, feature: FeatureName) -> dict[str, FeatureTensor]:
         """The feature of the empty prompt. Raises CacheError where it is missing or damaged."""
@@ -161,28 +143,8 @@ class SnapshotReader:
         with self._lock:
             if feature not in self._columns:
                 column = self._index[feature].combine_chunks()
-                self._columns[feature] = FeatureColumn(
-                    self.storage, self.snapshot, spec, column, self.numbers_of_bucket
-                )
+                self._columns[feature] = FeatureColumn(self.storage, self.snapshot, spec, column, self.clips)
             return self._columns[feature]
-
-    def shard_of(self, number: int) -> int:
-        return int(self._shards[number])
-
-    @cached_property
-    def numbers_of_bucket(self) -> dict[str, np.ndarray]:
-        """bucket → the numbers of its clips, by shard and row; buckets by name."""
-        names = self._index["bucket"].combine_chunks().dictionary_encode()
-        codes = names.indices.to_numpy(zero_copy_only=False)
-        order = np.lexsort((self._rows, self._shards))
-        return {
-            name: order[codes[order] == code]
-            for name, code in sorted((name, code) for code, name in enumerate(names.dictionary.to_pylist()))
-        }
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {key: number for number, key in enumerate(self._index["key"].to_pylist())}
 
 
 def open_snapshot(

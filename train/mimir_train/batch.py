@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
-from mimir_shared.snapshot_reader import Clip
 from mimir_train.cache_reader import Cache
 from mimir_train.config import VerifyReads
 from mimir_train.model.fuser import LlmFeatures

@@ -35,8 +35,8 @@ class Cache(SnapshotReader):
         """The index number of a clip that an order names."""
         shards, first, _ = self._shards_of_bucket[bucket]
         position = int(np.searchsorted(shards, place.shard))
-        number = int(self.numbers_of_bucket[bucket][first[position] + place.number])
-        assert self.shard_of(number) == place.shard, f"{place} of {bucket}"
+        number = int(self.clips.numbers_of_bucket[bucket][first[position] + place.number])
+        assert self.clips.shards[number] == place.shard, f"{place} of {bucket}"
         return number
 
     def clip_numbers(self, bucket: BucketShards) -> list[int]:
@@ -49,10 +49,10 @@ class Cache(SnapshotReader):
 
     @cached_property
     def _shards_of_bucket(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """bucket → its shards, rising; where each begins in numbers_of_bucket; how many clips each has."""
+        """bucket → its shards, rising; where each begins in the numbers of its clips; how many clips each has."""
         return {
-            name: np.unique(self._shards[numbers], return_index=True, return_counts=True)
-            for name, numbers in self.numbers_of_bucket.items()
+            name: np.unique(self.clips.shards[numbers], return_index=True, return_counts=True)
+            for name, numbers in self.clips.numbers_of_bucket.items()
         }
 
 

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mimir_shared.clip_table import Clip
 from mimir_shared.errors import NonFiniteLossError
-from mimir_shared.snapshot_reader import Clip
 from mimir_train.parallel import Parallel
 
 _SHOWN = 8
