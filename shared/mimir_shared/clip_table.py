@@ -28,7 +28,7 @@ class ClipTable:
 
     def __init__(self, index: pa.Table) -> None:
         """Of an index in one chunk."""
-        self._columns = index.select(["key", "bucket", "caption", "source"])
+        self._columns = {name: index[name].combine_chunks() for name in ("key", "bucket", "caption", "source")}
         self.shards = index["shard"].to_numpy()
         """(clips,) the shard of each."""
         self._rows = index["row"].to_numpy()
@@ -37,12 +37,12 @@ class ClipTable:
         return len(self.shards)
 
     def __getitem__(self, number: int) -> Clip:
-        text = {name: self._columns[name][number].as_py() for name in self._columns.column_names}
+        text = {name: column[number].as_py() for name, column in self._columns.items()}
         return Clip(shard=int(self.shards[number]), row=int(self._rows[number]), **text)
 
     def keys(self) -> Iterator[str]:
-        for batch in self._columns.select(["key"]).to_batches(max_chunksize=4096):
-            yield from batch["key"].to_pylist()
+        for start in range(0, len(self), 4096):
+            yield from self._columns["key"].slice(start, 4096).to_pylist()
 
     def number_of(self, key: str) -> int | None:
         """The number of a clip; None for a key that is not here."""
@@ -51,7 +51,7 @@ class ClipTable:
     @cached_property
     def numbers_of_bucket(self) -> dict[str, np.ndarray]:
         """bucket → the numbers of its clips, by shard and row; buckets by name."""
-        names = self._columns["bucket"].combine_chunks().dictionary_encode()
+        names = self._columns["bucket"].dictionary_encode()
         codes = names.indices.to_numpy(zero_copy_only=False)
         order = np.lexsort((self._rows, self.shards))
         return {

@@ -47,14 +47,16 @@ class TensorColumn:
         return self.sizes[0] is None
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Range:
-    """Bytes that lie together, and the memory that they go to."""
+    """Bytes that lie together, and the memory that they go to. Plain and slotted: one is made for every read."""
 
-    file: int
-    offset: int
-    nbytes: int
-    buffers: list[memoryview]
+    __slots__ = ("buffers", "end", "file", "offset")
+
+    def __init__(self, file: int, offset: int, end: int, buffers: list[memoryview]) -> None:
+        self.file = file
+        self.offset = offset
+        self.end = end
+        self.buffers = buffers
 
 
 class FeatureColumn:
@@ -108,9 +110,7 @@ class FeatureColumn:
         """The text of a clip: its key, caption, answers. Raises as read_into."""
         place = {name: int(self._column.field(name)[number].as_py()) for name in _JSON_PLACE}
         data = bytearray(place["json_nbytes"])
-        part = _Range(
-            file=place["json_file"], offset=place["json_offset"], nbytes=len(data), buffers=[memoryview(data)]
-        )
+        part = _Range(place["json_file"], place["json_offset"], place["json_offset"] + len(data), [memoryview(data)])
         self._read_range(part, number)
         if verify and xxhash.xxh3_64_intdigest(data) != place["json_xxh3"]:
             raise CacheError(
@@ -125,15 +125,13 @@ class FeatureColumn:
         """Where the tensors of a clip lie; those that touch each other are one range."""
         ranges: list[_Range] = []
         for tensor, buffer in zip(self.tensors, buffers, strict=True):
-            file, offset, nbytes = int(tensor.file[number]), int(tensor.offset[number]), int(tensor.nbytes[number])
-            assert len(buffer) == nbytes, f"{tensor.name}: a buffer of {len(buffer)} bytes for {nbytes}"
-            last = ranges[-1] if ranges else None
-            if last is not None and last.file == file and last.offset + last.nbytes == offset:
-                ranges[-1] = _Range(
-                    file=file, offset=last.offset, nbytes=last.nbytes + nbytes, buffers=[*last.buffers, buffer]
-                )
+            file, offset, nbytes = int(tensor.file[number]), int(tensor.offset[number]), len(buffer)
+            assert nbytes == tensor.nbytes[number], f"{tensor.name}: a buffer of {nbytes} bytes"
+            if ranges and ranges[-1].file == file and ranges[-1].end == offset:
+                ranges[-1].end += nbytes
+                ranges[-1].buffers.append(buffer)
             else:
-                ranges.append(_Range(file=file, offset=offset, nbytes=nbytes, buffers=[buffer]))
+                ranges.append(_Range(file, offset, offset + nbytes, [buffer]))
         return ranges
 
     def _read_range(self, part: _Range, number: int) -> None:
@@ -148,9 +146,10 @@ class FeatureColumn:
             raise MachineError(
                 f"{self._where(part.file, number)}: cannot be read: {fault.strerror}; run the same command again"
             ) from fault
-        if count != part.nbytes:
+        nbytes = part.end - part.offset
+        if count != nbytes:
             raise CacheError(
-                f"{self._where(part.file, number)}: the file ends after {count} of its {part.nbytes} bytes; it was cut "
+                f"{self._where(part.file, number)}: the file ends after {count} of its {nbytes} bytes; it was cut "
                 f"short: {self._verify_command}"
             )
 

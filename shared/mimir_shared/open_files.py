@@ -3,10 +3,8 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 MAX_OPEN_FILES: Final = 256
@@ -27,28 +25,33 @@ class OpenFiles:
 
     def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
         self._limit = limit
-        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read_into(self, path: Path, offset: int, buffers: Sequence[memoryview]) -> int:
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> int:
         """Fill buffers of bytes, one after the other, with what a file holds from `offset` on.
 
         Returns: bytes read; fewer than the buffers take only where the file ends.
         Raises: OSError.
         """
-        with self._opened(path) as descriptor:
-            rest = [buffer for buffer in buffers if len(buffer)]
-            done = 0
+        file = self._open(path)
+        try:
+            rest, done = buffers, 0
             while rest:
-                count = os.preadv(descriptor, rest[:_MAX_BUFFERS], offset + done)
-                if count == 0:
-                    break
+                count = os.preadv(file.descriptor, rest[:_MAX_BUFFERS], offset + done)
                 done += count
                 rest = _after(rest, count)
+                if count == 0:
+                    break
             return done
+        finally:
+            with self._lock:
+                file.readers -= 1
+                if self._is_full:
+                    self._close_oldest()
 
-    @contextmanager
-    def _opened(self, path: Path) -> Iterator[int]:
+    def _open(self, path: str) -> _OpenFile:
+        """A file that stays open until its `readers` is counted down again."""
         with self._lock:
             file = self._files.get(path)
             if file is None:
@@ -56,15 +59,10 @@ class OpenFiles:
                 self._files[path] = file
             self._files.move_to_end(path)
             file.readers += 1
-        try:
-            yield file.descriptor
-        finally:
-            with self._lock:
-                file.readers -= 1
-                self._close_oldest()
+            return file
 
     def _close_oldest(self) -> None:
-        idle = [path for path, file in self._files.items() if not file.readers] if self._is_full else []
+        idle = [path for path, file in self._files.items() if not file.readers]
         while self._is_full and idle:
             os.close(self._files.pop(idle.pop(0)).descriptor)
 
@@ -87,6 +85,8 @@ class OpenFiles:
 
 def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
     """What is still to be filled once `count` bytes have been read."""
+    if count == sum(map(len, buffers)):
+        return []
     rest = []
     for buffer in buffers:
         if count < len(buffer):

@@ -102,7 +102,7 @@ class SnapshotReader:
             tensor.name: FeatureTensor(np.empty(tensor.shape[number], NUMPY_DTYPES[tensor.dtype]), tensor.dtype)
             for tensor in column.tensors
         }
-        buffers = [memoryview(tensor.array.reshape(-1).view(np.uint8)) for tensor in tensors.values()]  # type: ignore[arg-type]
+        buffers = [tensor.array.reshape(-1).view(np.uint8).data for tensor in tensors.values()]
         column.read_into(number, buffers, verify=verify)
         return tensors
 

@@ -88,7 +88,7 @@ class LocalStorage:
         Returns: bytes read; fewer than the buffers take only where the file ends.
         Raises: FileNotFoundError where there is no such file; OSError where it cannot be read.
         """
-        return self._open_files.read_into(self.path(name), offset, buffers)
+        return self._open_files.read_into(f"{self.root}/{name}", offset, buffers)
 
     def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
         """Whole files in the order of their names. Raises as `read`."""

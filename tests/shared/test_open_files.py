@@ -71,7 +71,7 @@ def test_threads_share_few_descriptors_and_read_right(tmp_path: Path) -> None:
         for _ in range(150):
             number, offset = int(rng.integers(12)), int(rng.integers(10_000))
             buffer = bytearray(9000)
-            count = files.read_into(tmp_path / str(number), offset, [memoryview(buffer)])
+            count = files.read_into(f"{tmp_path}/{number}", offset, [memoryview(buffer)])
             if count != 9000 or buffer != contents[number][offset : offset + 9000]:
                 wrong.append((number, offset))
 

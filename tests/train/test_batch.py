@@ -12,6 +12,7 @@ from mimir_shared.features import FeatureTensor
 from mimir_train.batch import (
     BatchLoader,
     FeatureLayout,
+    TrainingBatch,
     clips_of_step,
     find_layout,
     pad_to_torch,
@@ -21,6 +22,7 @@ from mimir_train.batch import (
 )
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.order import TrainingOrder
+from mimir_train.step_reader import ReadOptions
 from tests.train.caches import (
     CHANNELS,
     LLM_WIDTH,
@@ -43,7 +45,13 @@ def loader_of(
     cache: Cache, layout: FeatureLayout, *, rank: int = 0, world_size: int = 1, **settings: object
 ) -> BatchLoader:
     order = TrainingOrder(cache.buckets(), seed=1, global_batch_size=8)
-    return BatchLoader(cache, order, layout, rank=rank, world_size=world_size, **settings)  # type: ignore[arg-type]
+    options = ReadOptions(**settings)  # type: ignore[arg-type]
+    return BatchLoader(cache, order, layout, rank=rank, world_size=world_size, options=options)
+
+
+def read_step(loader: BatchLoader, step: int) -> TrainingBatch:
+    (batch,) = loader.batches(step, step + 1)
+    return batch
 
 
 def test_bfloat16_is_taken_over_bit_for_bit() -> None:
@@ -129,7 +137,7 @@ def test_reading_ahead_changes_no_batch(cache: Cache, prefetch: int) -> None:
     batches = list(loader.batches(1, 6))
     assert [batch.step for batch in batches] == [1, 2, 3, 4, 5]
     for batch in batches:
-        assert torch.equal(batch.latents, loader.read(batch.step).latents)
+        assert torch.equal(batch.latents, read_step(loader, batch.step).latents)
         assert batch.epoch == batch.step // 3
 
 
@@ -161,7 +169,7 @@ def test_reads_are_verified_as_asked(small_cache: Path, tmp_path: Path, verify: 
             assert len(list(loader.batches(0, 3))) == 3
         else:
             with pytest.raises(CacheError):
-                loader.read(refused_at)
+                read_step(loader, refused_at)
         if verify == "first-epoch":
             for step in (3, 4, 5):  # every clip again, in the second epoch
-                loader.read(step)
+                read_step(loader, step)

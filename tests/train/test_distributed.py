@@ -50,6 +50,7 @@ def test_a_non_finite_loss_on_one_rank_stops_all_and_names_rank_and_clip(tmp_pat
     key = f"{VIDEO}-007"
     latents = make_feature("latents", key, VIDEO).tensors["vae_moments"].to_float32()
     latents[:CHANNELS] = 3e38
+    latents[0, 0, 0, 0] = 0.0  # values that are all alike are quarantined
     cache = build_cache(tmp_path / "c", replace={(key, "latents"): Encoded(tensors={"vae_moments": bf16(latents)})})
     settings = tmp_path / "settings.yaml"
     settings.write_text(f"data: {{cache: {cache}}}\nmodel: {{latent_scaling_factor: 2.0}}\n"

@@ -1,11 +1,9 @@
-"""One rank's share of a step: clips read ahead in a thread, collated into tensors.
+"""One rank's share of a step, as model and fuser take it: read ahead by threads, on the device when it is asked for.
 
 Ragged tensors are padded to the longest of the batch, with masks; bfloat16 is taken over bit for bit.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,11 +14,14 @@ from torch import Tensor
 from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
+from mimir_train.bad_samples import clip_at
+from mimir_train.batch_reader import BatchReader, HostBatch, TensorRequest
 from mimir_train.cache_reader import Cache
-from mimir_train.config import VerifyReads
+from mimir_train.device_copy import copied_ahead
 from mimir_train.model.fuser import LlmFeatures
 from mimir_train.objective import TextFeatures
 from mimir_train.order import TrainingOrder, rank_positions
+from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
 
 LATENT_TENSORS: Final = ("vae_moments", "vae_sample", "vae_mean")
 """What a cache may hold of the posterior, the fullest first: that one is trained on."""
@@ -88,6 +89,8 @@ class TrainingBatch:
     clips: tuple[Clip, ...]
     positions: tuple[int, ...]
     """Of the clips in the global batch: every draw of a step is keyed by them."""
+    attempts: tuple[int, ...] = ()
+    """How many stand-ins were tried for each clip before one could be read; () for zeros."""
     latents: Tensor
     """(B, 2C, T, h, w) moments, or (B, C, T, h, w) where the cache holds means or samples; as stored, unscaled."""
     holds_moments: bool
@@ -101,6 +104,7 @@ class TrainingBatch:
             self,
             clips=self.clips[rows],
             positions=self.positions[rows],
+            attempts=self.attempts[rows],
             latents=self.latents[rows],
             text=TextFeatures(
                 self.text.t5_embeds[rows], None if llm is None else LlmFeatures(*(tensor[rows] for tensor in llm))
@@ -111,6 +115,10 @@ class TrainingBatch:
         size = size or len(self.clips)
         for start in range(0, len(self.clips), size):
             yield self.part(start, start + size)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in no order that means anything."""
+        return [self.latents, self.text.t5_embeds, *(self.text.llm or ())]
 
     def to(self, device: torch.device) -> "TrainingBatch":
         llm = self.text.llm
@@ -166,14 +174,46 @@ def collate_text(
     )
 
 
+def batch_requests(layout: FeatureLayout) -> list[TensorRequest]:
+    """The tensors of the cache that make a TrainingBatch."""
+    requests = [
+        TensorRequest(feature="latents", name=layout.latents),
+        TensorRequest(feature="t5", name="t5_embeds", num_rows=layout.t5_rows),
+    ]
+    if layout.llm:
+        variant = layout.answer_variant
+        names = ("query_hidden", f"answer_hidden_{variant}", f"instruction_hidden_{variant}")
+        requests += [TensorRequest(feature="llm", name=name) for name in names]
+    return requests
+
+
+def text_of(host: HostBatch, layout: FeatureLayout) -> TextFeatures:
+    """The text of a batch as the fuser takes it; views of the batch but for the masks."""
+    if not layout.llm:
+        return TextFeatures(host.tensors["t5_embeds"], None)
+    variant = layout.answer_variant
+    query, answer = "query_hidden", f"answer_hidden_{variant}"
+    llm = LlmFeatures(
+        host.tensors[query],  # (B, M, H)
+        host.mask(query),  # (B, M)
+        host.tensors[answer],
+        host.mask(answer),
+        host.tensors[f"instruction_hidden_{variant}"],  # (B, K, H)
+    )
+    return TextFeatures(host.tensors["t5_embeds"], llm)
+
+
 def read_batch(
     cache: Cache, layout: FeatureLayout, numbers: Sequence[int], *, verify: bool
 ) -> tuple[tuple[Clip, ...], Tensor, TextFeatures]:
-    """Read and collate clips of one bucket. Raises CacheError as `Cache.read`."""
-    latents = to_torch([cache.read(number, "latents", verify=verify)[layout.latents] for number in numbers])
-    t5 = [cache.read(number, "t5", verify=verify) for number in numbers]
-    llm = [cache.read(number, "llm", verify=verify) for number in numbers] if layout.llm else None
-    return tuple(cache.clip(number) for number in numbers), latents, collate_text(t5, llm, layout)
+    """Read and collate some clips of one bucket, now. Raises CacheError, MachineError as `Cache.read`."""
+    with BatchReader(cache, batch_requests(layout), batch_size=len(numbers), num_threads=1) as reader:
+        pending = reader.start(numbers, verify=verify)
+        faults = reader.wait(pending)
+        if faults:
+            raise faults[min(faults)]
+        host = pending.tensors()
+    return tuple(cache.clip(number) for number in numbers), host.tensors[layout.latents], text_of(host, layout)
 
 
 def read_empty_text(cache: Cache, layout: FeatureLayout) -> TextFeatures:
@@ -183,9 +223,9 @@ def read_empty_text(cache: Cache, layout: FeatureLayout) -> TextFeatures:
 
 
 class BatchLoader:
-    """Reads one rank's batches of consecutive steps ahead of the training, in a thread.
+    """Reads one rank's batches of consecutive steps ahead of the training, and brings them to its device.
 
-    Whatever goes wrong in the thread is raised where its batch is asked for.
+    Whatever goes wrong in a thread is raised where its batch is asked for.
     """
 
     def __init__(
@@ -196,50 +236,52 @@ class BatchLoader:
         *,
         rank: int = 0,
         world_size: int = 1,
-        verify: VerifyReads = "always",
-        prefetch: int = 2,
+        options: ReadOptions | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        """
+        Args:
+            device: where batches are wanted; None: the CPU.
+        """
         self._cache = cache
         self._order = order
         self._layout = layout
         self._positions = tuple(rank_positions(order.global_batch_size, rank, world_size))
-        self._verify = verify
-        self._prefetch = prefetch
+        self._device = device if device is not None and device.type == "cuda" else None
+        options = options or ReadOptions()
+        # what is copied to a device is let go of there, when the copy is done
+        self._options = options if self._device is None else replace(options, pinned=True, borrow=False)
 
     def batches(self, first_step: int, stop_step: int) -> Iterator[TrainingBatch]:
         """The batches of steps first_step … stop_step-1."""
-        steps = iter(range(first_step, stop_step))
-        pending: deque[Future[TrainingBatch]] = deque()
-        thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        try:
-            for step in range(first_step, stop_step):
-                while len(pending) <= self._prefetch and (ahead := next(steps, None)) is not None:
-                    pending.append(thread.submit(self.read, ahead))
-                batch = pending.popleft().result()
-                assert batch.step == step, f"read step {batch.step} for step {step}"
-                yield batch
-        finally:
-            thread.shutdown(wait=True, cancel_futures=True)
+        with StepReader(
+            self._cache, self._order, batch_requests(self._layout), self._positions, self._options
+        ) as reader:
+            read = (self._training_batch(batch) for batch in reader.steps(first_step, stop_step))
+            if self._device is None:
+                yield from read
+            else:
+                yield from copied_ahead(read, self._device, is_next_ready=lambda: reader.is_next_read)
 
-    def read(self, step: int) -> TrainingBatch:
-        """This rank's share of one step."""
-        whole = self._order.batch(step)
-        verify = self._verify == "always" or (self._verify == "first-epoch" and whole.epoch == 0)
-        numbers = [self._cache.clip_number(whole.bucket, whole.places[position]) for position in self._positions]
-        clips, latents, text = read_batch(self._cache, self._layout, numbers, verify=verify)
+    def _training_batch(self, batch: StepBatch) -> TrainingBatch:
         return TrainingBatch(
-            step=step,
-            epoch=whole.epoch,
-            bucket=whole.bucket,
-            clips=clips,
+            step=batch.step,
+            epoch=batch.epoch,
+            bucket=batch.bucket,
+            clips=batch.clips,
             positions=self._positions,
-            latents=latents,
+            attempts=batch.attempts,
+            latents=batch.host.tensors[self._layout.latents],
             holds_moments=self._layout.latents == "vae_moments",
-            text=text,
+            text=text_of(batch.host, self._layout),
         )
 
 
-def clips_of_step(cache: Cache, order: TrainingOrder, step: int) -> tuple[Clip, ...]:
-    """The clips of a step over all ranks, in the order of their positions."""
-    whole = order.batch(step)
-    return tuple(cache.clip(cache.clip_number(whole.bucket, place)) for place in whole.places)
+def clips_of_step(cache: Cache, order: TrainingOrder, step: int, attempts: Sequence[int] = ()) -> tuple[Clip, ...]:
+    """The clips of a step over all ranks, in the order of their positions.
+
+    Args:
+        attempts: of each position, how many stand-ins were tried; () where all clips could be read.
+    """
+    tried = attempts or (0,) * order.global_batch_size
+    return tuple(clip_at(cache, order, step, position, attempt) for position, attempt in enumerate(tried))

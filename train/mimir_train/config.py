@@ -12,6 +12,7 @@ from mimir_train.model.config import FUSERS, DiTConfig, FuserName
 from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
 
 VerifyReads = Literal["always", "first-epoch", "never"]
+OnBadSample = Literal["error", "substitute"]
 EmptyText = Literal["zeros", "cached"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
@@ -48,6 +49,12 @@ class DataConfig:
     """When the hash of what is read is compared."""
     prefetch_batches: int = 2
     """Steps that are read ahead."""
+    reader_threads: int = 4
+    """Threads of a rank that read the cache."""
+    on_bad_sample: OnBadSample = "error"
+    """What becomes of a clip that cannot be read: the run ends, or another of its bucket stands in, and is recorded."""
+    max_bad_share: float = 0.01
+    """With substitute: the run ends when more than 10 clips, and more than this share of those read, were bad."""
     empty_text: EmptyText = "zeros"
     """What a clip gets in place of its text when that is dropped: zeros, or the cached features of the empty prompt."""
 
@@ -59,6 +66,8 @@ class DataConfig:
         held_out = self.validation_shards
         _require(held_out is None or held_out >= 0, "data.validation_shards", "0 or more", held_out)
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", "at least 1", self.prefetch_batches)
+        _require(self.reader_threads >= 1, "data.reader_threads", "at least 1", self.reader_threads)
+        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", "from 0 to 1", self.max_bad_share)
 
 
 @dataclass(frozen=True, kw_only=True)

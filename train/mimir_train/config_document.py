@@ -27,6 +27,9 @@ FREE_ON_RESUME: Final = frozenset(
         "data.cache",
         "data.micro_batch_size",
         "data.prefetch_batches",
+        "data.reader_threads",
+        "data.on_bad_sample",
+        "data.max_bad_share",
         "data.verify_reads",
         "run.output_dir",
         "run.max_train_steps",
@@ -40,7 +43,8 @@ FREE_ON_RESUME: Final = frozenset(
         "run.device",
     }
 )
-"""What may be another when a run goes on: nothing here changes a weight, but for rounding."""
+"""What may be another when a run goes on: nothing here changes a weight, but for rounding, and for clips that could not
+be read: a run that ended by one may go on without it."""
 
 
 def read_document(path: Path) -> Document:

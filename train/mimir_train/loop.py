@@ -32,6 +32,7 @@ from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
 from mimir_train.run_folder import RunFolder, open_run
+from mimir_train.step_reader import ReadOptions
 from mimir_train.step_report import RankReport, StepReport, exchange, refuse_non_finite
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
 from mimir_train.transformer_folder import load_transformer
@@ -159,8 +160,14 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, paralle
         layout,
         rank=parallel.rank,
         world_size=parallel.world_size,
-        verify=config.data.verify_reads,
-        prefetch=config.data.prefetch_batches,
+        options=ReadOptions(
+            verify=config.data.verify_reads,
+            prefetch=config.data.prefetch_batches,
+            threads=config.data.reader_threads,
+            on_bad_sample=config.data.on_bad_sample,
+            borrow=True,  # a step is done with its batch when it asks for the next
+        ),
+        device=parallel.device,
     )
     validation = None
     if fitted.held_out:

@@ -10,7 +10,7 @@ No stream of random numbers is used, ours or a library's: no library promises it
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -164,16 +164,38 @@ class TrainingOrder:
         """bucket → clips left over by its last full batch; other ones in every epoch."""
         return {bucket.name: bucket.num_clips % self.global_batch_size for bucket in self.buckets}
 
-    def batch(self, step: int) -> GlobalBatch:
-        """The global batch of a step; every step costs the same."""
+    def batch(self, step: int, positions: Iterable[int] | None = None) -> GlobalBatch:
+        """The global batch of a step; every step costs the same.
+
+        Args:
+            positions: of the batch, where only the clips at those are wanted.
+        """
+        epoch, bucket, first = self._find(step)
+        sequence = self._sequence(bucket, epoch)
+        wanted = range(self.global_batch_size) if positions is None else positions
+        places = tuple(sequence.place(first + position) for position in wanted)
+        return GlobalBatch(step=step, epoch=epoch, bucket=self.buckets[bucket].name, places=places)
+
+    def substitute(self, step: int, position: int, attempt: int) -> ClipPlace:
+        """The clip that stands in for one that cannot be read: of the same bucket, for any number of ranks.
+
+        Args:
+            position: of the clip in the global batch.
+            attempt: 1 for the first that stands in, 2 for the one in place of that one, and so on.
+        """
+        epoch, bucket, first = self._find(step)
+        name, clips = self.buckets[bucket].name, self.buckets[bucket].num_clips
+        number = order_key(self.seed, epoch, "substitute", name, first + position, attempt) % clips
+        return self._sequence(bucket, epoch).place(number)
+
+    def _find(self, step: int) -> tuple[int, int, int]:
+        """(epoch, position of its bucket, number of its first clip in that bucket's sequence) of a step."""
         assert step >= 0, f"step {step}"
         epoch, index = divmod(step, self.steps_per_epoch)
         number = permute(index, self.steps_per_epoch, order_key(self.seed, epoch, "batches"))
-        position = bisect_right(self._batch_ends, number)
-        first = (number - (self._batch_ends[position - 1] if position else 0)) * self.global_batch_size
-        sequence = self._sequence(position, epoch)
-        places = tuple(sequence.place(first + i) for i in range(self.global_batch_size))
-        return GlobalBatch(step=step, epoch=epoch, bucket=self.buckets[position].name, places=places)
+        bucket = bisect_right(self._batch_ends, number)
+        first = (number - (self._batch_ends[bucket - 1] if bucket else 0)) * self.global_batch_size
+        return epoch, bucket, first
 
     def state(self, next_step: int) -> dict[str, int]:
         """All that must be kept to go on: scalars. Batches are counted when they were trained on, not when read."""

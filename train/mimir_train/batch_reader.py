@@ -1,0 +1,227 @@
+"""Reads the clips of a batch straight into the tensors that training sees: padded, stacked, and nothing copied twice.
+
+A batch is one slot of BatchMemory, cut into tensors. Of every clip each thread reads a feature by one call to the
+storage, which puts each tensor into its row.
+"""
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimir_shared.feature_column import FeatureColumn, TensorColumn
+from mimir_shared.features import NUMPY_DTYPES, DType, FeatureName
+from mimir_train.batch_memory import BatchMemory
+from mimir_train.cache_reader import Cache
+from mimir_train.reader_threads import Job, ReaderThreads
+
+_ALIGNMENT: Final = 64
+"""Bytes that a tensor's first address is a multiple of: a cache line, and more than any kernel asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRequest:
+    """A tensor that a batch shall hold."""
+
+    feature: FeatureName
+    name: str
+    num_rows: int | None = None
+    """To pad the first dim to; None: as stored, and where it is ragged to the longest of the batch, at least 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBatch:
+    """What was read."""
+
+    tensors: dict[str, Tensor]
+    """name → (B, …); rows that a clip does not have are zeros."""
+    lengths: dict[str, Tensor]
+    """name → (B,) int64, how many rows each clip has; of tensors that may be padded."""
+
+    def mask(self, name: str) -> Tensor:
+        """(B, rows) bool of a tensor that may be padded: True for rows that were there."""
+        return torch.arange(self.tensors[name].shape[1]) < self.lengths[name][:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a tensor of the batch lies in its slot."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    stride: int
+    """Bytes from clip to clip."""
+    lengths: list[int] | None
+    """Rows of each clip; None for a tensor that is never padded."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.shape[0] * self.stride
+
+
+class PendingBatch:
+    """A batch that is being read: a Work of one part a clip."""
+
+    def __init__(
+        self, columns: Sequence[FeatureColumn], places: Sequence[_Place], slot: np.ndarray, numbers: Sequence[int], *,
+        verify: bool, scratch: "_Scratch",
+    ) -> None:  # fmt: skip
+        self.numbers = tuple(numbers)
+        self.job: Job | None = None
+        self._columns = columns
+        self._places = {place.name: place for place in places}
+        self._slot = slot
+        self._verify = verify
+        self._scratch = scratch
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.numbers)
+
+    def do(self, part: int) -> None:
+        number = self.numbers[part]
+        memory = self._slot.data
+        for column in self._columns:
+            buffers = []
+            unwanted = 0
+            for tensor in column.tensors:
+                nbytes = int(tensor.nbytes[number])
+                place = self._places.get(tensor.name)
+                if place is None:
+                    # read all the same: it lies between the others, and the hash is over all of them
+                    buffers.append(self._scratch.take(unwanted, nbytes))
+                    unwanted += nbytes
+                    continue
+                start = place.offset + part * place.stride
+                buffers.append(memory[start : start + nbytes])
+                if nbytes < place.stride:
+                    self._slot[start + nbytes : start + place.stride] = 0
+            column.read_into(number, buffers, verify=self._verify)
+
+    def tensors(self) -> HostBatch:
+        """Views of the slot, once every clip is read."""
+        tensors, lengths = {}, {}
+        for place in self._places.values():
+            stored = self._slot[place.offset : place.end].view(NUMPY_DTYPES[place.dtype]).reshape(place.shape)
+            values = torch.from_numpy(stored)
+            tensors[place.name] = values.view(torch.bfloat16) if place.dtype == "bf16" else values
+            if place.lengths is not None:
+                lengths[place.name] = torch.tensor(place.lengths)
+        return HostBatch(tensors=tensors, lengths=lengths)
+
+
+class BatchReader:
+    """Starts the reading of batches, and hands them out in memory that is used again. To be closed."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        requests: Sequence[TensorRequest],
+        *,
+        batch_size: int,
+        num_threads: int,
+        pinned: bool = False,
+        borrow: bool = False,
+    ) -> None:
+        """
+        Args:
+            batch_size: clips of a batch at most.
+            borrow: a batch is overwritten once it was `release`d; else its memory is used again only when the last
+                tensor that shows it is gone.
+        Raises: InputError for a feature that the snapshot lacks; CacheError where index and spec disagree.
+        """
+        features = list(dict.fromkeys(request.feature for request in requests))
+        self._columns = [cache.column(feature) for feature in features]
+        stored = {tensor.name: tensor for column in self._columns for tensor in column.tensors}
+        self._wanted = [(request, stored[request.name]) for request in requests]
+        self.memory = BatchMemory(sum(_bound(*wanted) for wanted in self._wanted) * batch_size, pinned=pinned)
+        self._batch_size = batch_size
+        self._borrow = borrow
+        self._borrowed: dict[int, np.ndarray] = {}
+        self._scratch = _Scratch()
+        self._threads = ReaderThreads(num_threads)
+
+    def __enter__(self) -> "BatchReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, numbers: Sequence[int], *, verify: bool) -> PendingBatch:
+        """Queue the reading of some clips of one bucket; it begins when those queued before are read."""
+        assert 0 < len(numbers) <= self._batch_size, f"{len(numbers)} clips, {self._batch_size} at most"
+        places = _places(self._wanted, np.asarray(numbers))
+        slot = self.memory.borrow() if self._borrow else self.memory.lend()
+        pending = PendingBatch(self._columns, places, slot, numbers, verify=verify, scratch=self._scratch)
+        pending.job = self._threads.start(pending)
+        if self._borrow:
+            self._borrowed[id(pending)] = slot
+        return pending
+
+    def wait(self, pending: PendingBatch) -> dict[int, BaseException]:
+        """Wait until all is read; returns what went wrong, by position. Raises MachineError where a thread is gone."""
+        assert pending.job is not None, "not started"
+        self._threads.wait(pending.job)
+        return pending.job.faults
+
+    def release(self, pending: PendingBatch) -> None:
+        """A batch that was read is no longer looked at; with `borrow`, its memory is written over from now on."""
+        if self._borrow:
+            self.memory.give_back(self._borrowed.pop(id(pending)))
+
+    def close(self) -> None:
+        self._threads.close()
+
+
+class _Scratch(threading.local):
+    """One buffer a thread, for what must be read and is not wanted."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def take(self, start: int, nbytes: int) -> memoryview:
+        if len(self._buffer) < start + nbytes:
+            # a new one, for views of the old one may be in use
+            self._buffer = bytearray(2 * (start + nbytes))
+        return memoryview(self._buffer)[start : start + nbytes]
+
+
+def _places(wanted: Sequence[tuple[TensorRequest, TensorColumn]], numbers: np.ndarray) -> list[_Place]:
+    """Cut a slot into the tensors of a batch."""
+    places = []
+    end = 0
+    for request, tensor in wanted:
+        shapes = tensor.shape[numbers].tolist()
+        first, *inner = shapes[0]
+        assert all(dims[1:] == inner for dims in shapes), f"{tensor.name}: clips of {shapes} in one batch"
+        rows, lengths = first, None
+        if tensor.is_ragged or request.num_rows is not None:
+            lengths = [dims[0] for dims in shapes]
+            rows = request.num_rows or max(*lengths, 1)
+        assert all(dims[0] <= rows for dims in shapes), f"{tensor.name}: {shapes} for {rows} rows"
+        stride = rows * math.prod(inner) * NUMPY_DTYPES[tensor.dtype].itemsize
+        place = _Place(
+            name=tensor.name,
+            dtype=tensor.dtype,
+            shape=(len(numbers), rows, *inner),
+            offset=end,
+            stride=stride,
+            lengths=lengths,
+        )
+        end = -(-place.end // _ALIGNMENT) * _ALIGNMENT
+        places.append(place)
+    return places
+
+
+def _bound(request: TensorRequest, tensor: TensorColumn) -> int:
+    """Bytes of a slot that one clip takes at most, for one tensor of a batch."""
+    rows = max(int(tensor.shape[:, 0].max(initial=1)), request.num_rows or 1)
+    inner = tensor.shape[:, 1:].prod(axis=1, dtype=np.int64).max(initial=1)
+    return int(rows * inner * NUMPY_DTYPES[tensor.dtype].itemsize) + _ALIGNMENT
