@@ -95,6 +95,20 @@ AnswerVariantsOption = Annotated[
     typer.Option("--answer-variants", help="Answers kept a prompt; the first is greedy, the others sampled.",
                  rich_help_panel=MODELS),
 ]  # fmt: skip
+LlmEngineOption = Annotated[
+    str,
+    typer.Option("--llm-engine", help="Who writes the answers: vllm, transformers, or auto: vllm on a GPU where it is "
+                 "installed.", rich_help_panel=MODELS),
+]  # fmt: skip
+LlmTensorParallelOption = Annotated[
+    int,
+    typer.Option("--llm-tensor-parallel", help="GPUs that share the LLM (vllm).", min=1, rich_help_panel=MODELS),
+]
+LlmMemoryShareOption = Annotated[
+    float,
+    typer.Option("--llm-memory-share", help="Share of a GPU's memory that vllm may take.", min=0.01, max=1,
+                 rich_help_panel=MODELS),
+]  # fmt: skip
 InstructionsOption = Annotated[
     str | None,
     typer.Option("--instructions", help="YAML list of name and text put to the LLM about every caption; default: four "

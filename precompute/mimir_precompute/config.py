@@ -8,6 +8,7 @@ from mimir_shared.errors import InputError
 ComputeDType = Literal["float32", "bfloat16"]
 StoredLatents = Literal["moments", "mean", "sample"]
 VaeEngine = Literal["fast", "diffusers"]
+AnswerEngineName = Literal["transformers", "vllm"]
 InstructionPooling = Literal["mean", "last", "query"]
 LlmLayer = int | Literal["last", "mean"]
 
@@ -131,10 +132,34 @@ class T5Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmSettings:
+    """How the vLLM engine runs."""
+
+    tensor_parallel_size: int = 1
+    """GPUs that share the model."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights and key-value cache may take; on a CPU unread."""
+    max_num_seqs: int = 256
+    """Sequences that generate at once."""
+    prefix_caching: bool = True
+    """Keep the keys and values of the caption that the prompts of a clip begin with alike."""
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1 or self.max_num_seqs < 1:
+            raise InputError(
+                f"--llm-tensor-parallel {self.tensor_parallel_size}, {self.max_num_seqs} sequences: expected at least 1"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InputError(f"--llm-memory-share {self.gpu_memory_utilization}: expected a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswersSettings:
     source: ModelSource
     dtype: ComputeDType = "bfloat16"
-    engine: Literal["transformers"] = "transformers"
+    engine: AnswerEngineName = "transformers"
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+    """Read by the engine vllm alone."""
     instructions: tuple[Instruction, ...] = DEFAULT_INSTRUCTIONS
     max_caption_tokens: int = 226
     """LLM tokens of a caption; the rest is cut, in prompts and features alike."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from mimir_precompute.config import Bucket, EncodeSettings, Geometry, LlmLayer, ModelSource, VaeEngine
 from mimir_precompute.encoders.prompts import INSTRUCTION_SEPARATOR, TEMPLATE_ARGUMENTS
+from mimir_precompute.encoders.vllm_engine import vllm_version
 from mimir_precompute.frames import RESIZE_KERNEL
 from mimir_precompute.model_files import ModelPart, ResolvedModel, resolve_model
 from mimir_shared.errors import InputError
@@ -224,8 +225,7 @@ def _answers_settings(settings: EncodeSettings, models: FeatureModels) -> dict[s
     return {
         "dtype": answers.dtype,
         "engine": answers.engine,
-        "attention": attention_implementation(models.model.config),
-        "batch_size": answers.batch_size,
+        **_engine_settings(settings, models),
         "chat_template_sha256": models.model.chat_template_sha256,
         "chat_template_arguments": dict(TEMPLATE_ARGUMENTS),
         "instruction_separator": INSTRUCTION_SEPARATOR,
@@ -236,6 +236,21 @@ def _answers_settings(settings: EncodeSettings, models: FeatureModels) -> dict[s
         "variants": answers.variants,
         # temperature and seed change no byte while every variant is greedy
         "sampling": sampling,
+    }
+
+
+def _engine_settings(settings: EncodeSettings, models: FeatureModels) -> dict[str, JsonValue]:
+    """What of an engine may change a choice between two tokens that are all but equal."""
+    answers = settings.answers
+    if answers.engine == "transformers":
+        return {"attention": attention_implementation(models.model.config), "batch_size": answers.batch_size}
+    return {
+        "engine_settings": {
+            "version": vllm_version(),
+            "tensor_parallel_size": answers.vllm.tensor_parallel_size,
+            "max_num_seqs": answers.vllm.max_num_seqs,
+            "prefix_caching": answers.vllm.prefix_caching,
+        }
     }
 
 

@@ -1,12 +1,15 @@
 """The real encoders, behind the interface of the pipeline. Models and their libraries load in `build`."""
 
 from collections.abc import Mapping
+from typing import Final
 
 from mimir_precompute.config import EncodeSettings, Geometry
 from mimir_precompute.encoders.base import Encoder, JsonValue
 from mimir_precompute.encoders.build import build_encoder
 from mimir_precompute.identity import FeatureModels, feature_identity, resolve_models
 from mimir_shared.features import FeatureName
+
+_WHOLE_SHARD: Final = 1 << 20
 
 
 class ModelEncoders:
@@ -29,10 +32,12 @@ class ModelEncoders:
         )
 
     def batch_size(self, feature: FeatureName) -> int:
+        # vLLM forms its own batches, and the larger the set it chooses from the better: a shard at once
+        answers = self._settings.answers
         sizes: dict[FeatureName, int] = {
             "latents": self._settings.latents.batch_size,
             "t5": self._settings.t5.batch_size,
-            "answers": self._settings.answers.batch_size,
+            "answers": answers.batch_size if answers.engine == "transformers" else _WHOLE_SHARD,
             "llm": self._settings.llm.batch_size,
         }
         return sizes[feature]

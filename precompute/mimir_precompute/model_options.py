@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from mimir_precompute.config import (
     DEFAULT_INSTRUCTIONS,
+    AnswerEngineName,
     AnswersSettings,
     ComputeDType,
     EncodeSettings,
@@ -18,7 +19,9 @@ from mimir_precompute.config import (
     T5Settings,
     VaeEngine,
     VaeSettings,
+    VllmSettings,
 )
+from mimir_precompute.encoders.vllm_engine import require_vllm, vllm_version
 from mimir_precompute.instruction_file import read_instructions
 from mimir_precompute.option_values import parse_choice
 from mimir_precompute.presets import PRESETS, Preset
@@ -40,6 +43,9 @@ class ModelOptions:
     vae_engine: str = "fast"
     t5_rows: str = "all"
     answer_variants: int = 1
+    llm_engine: str = "auto"
+    llm_tensor_parallel: int = 1
+    llm_memory_share: float = 0.9
     instructions: str | None = None
     """A YAML file; None: the four of the project."""
     llm_layer: str = "last"
@@ -84,6 +90,10 @@ def encode_settings(
             max_caption_tokens=sizes.max_caption_tokens,
             max_answer_tokens=sizes.max_answer_tokens,
             max_instruction_tokens=sizes.max_instruction_tokens,
+            engine=choose_engine(options.llm_engine, device),
+            vllm=VllmSettings(
+                tensor_parallel_size=options.llm_tensor_parallel, gpu_memory_utilization=options.llm_memory_share
+            ),
             variants=options.answer_variants,
             instructions=read_instructions(options.instructions) if options.instructions else DEFAULT_INSTRUCTIONS,
         ),
@@ -98,6 +108,16 @@ def encode_settings(
         ),
         device=device,
     )
+
+
+def choose_engine(text: str, device: str) -> AnswerEngineName:
+    """Read "auto", "vllm" or "transformers"; auto: vLLM on a GPU where it is installed. Raises InputError."""
+    parse_choice("--llm-engine", text, ("auto", *get_args(AnswerEngineName)))
+    if text == "vllm":
+        require_vllm()
+    if text == "vllm" or (text == "auto" and device.startswith("cuda") and vllm_version() is not None):
+        return "vllm"
+    return "transformers"
 
 
 def parse_layer(text: str) -> LlmLayer:

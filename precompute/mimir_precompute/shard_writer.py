@@ -101,6 +101,8 @@ class ShardWriter:
     ) -> None:
         """Check and append an encoded clip; one that fails the checks is recorded as quarantined."""
         try:
+            if encoded.rejection is not None:
+                raise encoded.rejection
             check_tensors(encoded.tensors, specs)
         except ClipRejected as rejection:
             self.add_quarantined(clip, rejection, bucket=bucket, source_xxh3=source_xxh3)

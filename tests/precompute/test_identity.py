@@ -19,6 +19,7 @@ from mimir_precompute.config import (
     ModelSource,
     T5Settings,
     VaeSettings,
+    VllmSettings,
 )
 from mimir_precompute.identity import (
     FeatureModels,
@@ -71,8 +72,10 @@ def change(feature: str, **fields: Any) -> EncodeSettings:
     return dataclasses.replace(SETTINGS, **changed)
 
 
-def changed_features(settings: EncodeSettings, geometry: Geometry = GEOMETRY) -> set[str]:
-    return {f for f in FEATURES if fingerprint(identity(f, settings, geometry)) != fingerprint(identity(f))}
+def changed_features(
+    settings: EncodeSettings, geometry: Geometry = GEOMETRY, *, base: EncodeSettings = SETTINGS
+) -> set[str]:
+    return {f for f in FEATURES if fingerprint(identity(f, settings, geometry)) != fingerprint(identity(f, base))}
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -102,6 +105,8 @@ def test_identity_is_plain_json(feature: FeatureName) -> None:
         ("answers", {"max_instruction_tokens": 32}, {"answers", "llm"}),
         ("answers", {"variants": 2}, {"answers", "llm"}),
         ("answers", {"batch_size": 2}, {"answers", "llm"}),
+        ("answers", {"engine": "vllm"}, {"answers", "llm"}),
+        ("answers", {"vllm": VllmSettings(max_num_seqs=4)}, set()),
         ("answers", {"temperature": 0.5}, set()),
         ("answers", {"seed": 1}, set()),
         ("llm", {"dtype": "float32"}, {"llm"}),
@@ -126,7 +131,7 @@ def test_every_setting_of_every_feature_is_in_the_table_above() -> None:
         "t5": {"text_encoder", "tokenizer", "dtype", "max_length", "rows", "batch_size"},
         "answers": {
             *("source", "dtype", "engine", "instructions", "max_caption_tokens", "max_answer_tokens"),
-            *("max_instruction_tokens", "variants", "temperature", "seed", "batch_size"),
+            *("max_instruction_tokens", "variants", "temperature", "seed", "batch_size", "vllm"),
         },
         "llm": {"source", "dtype", "max_caption_tokens", "layer", "instruction_pooling", "batch_size"},
     }
@@ -139,6 +144,16 @@ def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
         with pytest.raises(InputError, match="32 layers"):
             identity("llm", change("llm", layer=layer))
     assert identity("llm", change("llm", layer=32)) == identity("llm", SETTINGS)
+
+
+def test_the_settings_of_vllm_count_once_it_is_the_engine() -> None:
+    with_vllm = change("answers", engine="vllm")
+    for field in ({"tensor_parallel_size": 2}, {"max_num_seqs": 4}, {"prefix_caching": False}):
+        other = dataclasses.replace(with_vllm.answers, vllm=VllmSettings(**field))
+        assert changed_features(dataclasses.replace(with_vllm, answers=other), base=with_vllm) == {"answers", "llm"}
+    # how much memory it may take says how many prompts fit, not what comes out
+    share = dataclasses.replace(with_vllm.answers, vllm=VllmSettings(gpu_memory_utilization=0.5))
+    assert changed_features(dataclasses.replace(with_vllm, answers=share), base=with_vllm) == set()
 
 
 def test_seeds_and_temperature_count_once_something_is_sampled() -> None:

@@ -42,8 +42,12 @@ JsonValue = Any
 Identities = Mapping[FeatureName, Mapping[str, JsonValue]]
 """What made each feature that the model was trained on, as the cache's spec.json has it."""
 
-NOT_COMPARED: Mapping[FeatureName, tuple[str, ...]] = {"latents": ("engine", "engine_version", "geometry", "tensors")}
-"""Fields of an identity that may differ: latents are only decoded here, and at other sizes than those of training."""
+NOT_COMPARED: Mapping[FeatureName, tuple[str, ...]] = {
+    "latents": ("engine", "engine_version", "geometry", "tensors"),
+    "answers": ("engine", "engine_settings", "attention", "batch_size"),
+}
+"""Fields of an identity that may differ: latents are only decoded here, and at other sizes than those of training;
+answers are written by transformers, one prompt at a time, whichever engine wrote those of the cache."""
 
 MODEL_NAMES = ("name", "subfolder", "commit")
 """What a model is called; its files' digests decide, so that a copy in a folder is the model of the hub."""
@@ -264,7 +268,6 @@ def _answers_settings(identity: Mapping[str, JsonValue], source: ModelSource) ->
     return AnswersSettings(
         source=source,
         dtype=identity["dtype"],
-        engine=identity["engine"],
         instructions=tuple(Instruction(name=i["name"], text=i["text"]) for i in identity["instructions"]),
         max_caption_tokens=identity["max_caption_tokens"],
         max_answer_tokens=identity["max_answer_tokens"],
@@ -272,7 +275,6 @@ def _answers_settings(identity: Mapping[str, JsonValue], source: ModelSource) ->
         variants=identity["variants"],
         temperature=sampling["temperature"],
         seed=sampling["seed"],
-        batch_size=identity["batch_size"],
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from mimir_precompute.rejection import ClipRejected
 from mimir_shared.features import FeatureTensor
 
 JsonValue = Any
@@ -33,6 +34,8 @@ class Encoded:
     """Added to the sample's `.json` beside key and caption."""
     valid_rows: Mapping[str, int] = field(default_factory=dict)
     """For tensors with pad rows at their end: how many leading rows are real (for the statistics)."""
+    rejection: ClipRejected | None = None
+    """Why the model could not encode this clip; nothing else is filled in then."""
 
 
 class Encoder(Protocol):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mimir_precompute.config import ComputeDType
 from mimir_precompute.encoders.arrays import TORCH_DTYPES, prepare_to_load
@@ -36,3 +36,14 @@ def load_causal_lm(model: ResolvedModel, dtype: ComputeDType, device: str) -> Ca
     lm, info = loaded
     refuse_incomplete(model, list(info["missing_keys"]), [str(key) for key in info["mismatched_keys"]])
     return lm.to(torch.device(device)).eval().requires_grad_(False)
+
+
+def configured_end_ids(model: ResolvedModel) -> int | list[int] | None:
+    """The end tokens that generation_config.json names, else config.json."""
+    with loading_from(model):
+        if (model.folder / "generation_config.json").exists():
+            configured: int | list[int] | None = GenerationConfig.from_pretrained(model.folder).eos_token_id
+        else:
+            text_config = model.config.get("text_config") or {}
+            configured = model.config.get("eos_token_id", text_config.get("eos_token_id"))
+    return configured

@@ -16,8 +16,10 @@ from transformers import (
 )
 
 from mimir_precompute.config import AnswersSettings, Instruction, ModelSource
-from mimir_precompute.encoders.answers import AnswersEncoder, Request, SeededSampling, prompt_seed, variant_seed
+from mimir_precompute.encoders.answer_engine import Request
+from mimir_precompute.encoders.answers import AnswersEncoder, prompt_seed, variant_seed
 from mimir_precompute.encoders.base import Encoded, EncoderInput
+from mimir_precompute.encoders.transformers_engine import SeededSampling
 from mimir_precompute.model_files import resolve_model
 from mimir_shared.errors import InputError
 
@@ -175,7 +177,7 @@ def test_generate_gives_answers_in_the_order_of_the_requests(families: dict[str,
         Request(prompt_ids=prompt, max_new_tokens=3 + i % 2, seed=i if i % 3 else None)
         for i, prompt in enumerate(prompts)
     ]
-    assert encoder.generate(requests) == [encoder.generate([request])[0] for request in requests]
+    assert encoder.engine.generate(requests) == [encoder.engine.generate([request])[0] for request in requests]
 
 
 def test_prompts_longer_than_the_models_context_are_refused(families: dict[str, Path]) -> None:
