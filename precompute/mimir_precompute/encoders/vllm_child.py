@@ -34,8 +34,15 @@ def main() -> None:
 def _load(arguments: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    # a block that is longer than the shared caption would hide the prefix from the cache; on CPUs 32 is the shortest
-    on_cpu: dict[str, Any] = {"enforce_eager": True, "block_size": 32, "distributed_executor_backend": "uni"}
+    # A block that is longer than the shared caption would hide the prefix from the cache; on CPUs 32 is the shortest.
+    # A prompt cut into chunks has its random numbers set back, which vLLM cannot do on a CPU: the engine ends by it.
+    on_cpu: dict[str, Any] = {
+        "enforce_eager": True,
+        "block_size": 32,
+        "distributed_executor_backend": "uni",
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, arguments["max_model_len"]),
+    }
     llm = LLM(
         arguments["model"],
         dtype=arguments["dtype"],
