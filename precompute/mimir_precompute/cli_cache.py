@@ -15,7 +15,7 @@ from mimir_shared.command_line import echo
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (status, verify, quarantine, finalize, inspect, diff):
+    for command in (status, verify, quarantine, finalize, inspect, diff, convert):
         app.command()(command)
 
 
@@ -121,3 +121,35 @@ def diff(
         open_storage(a), open_storage(b), parse_feature_choices(feature_a or []), parse_feature_choices(feature_b or [])
     )
     echo(json.dumps(found.to_json()) if as_json else describe_difference(found))
+
+
+def convert(
+    cache: CacheArgument,
+    out: Annotated[str, typer.Option(help="Folder to write to; the same command goes on in it.", show_default=False)],
+    output_format: Annotated[
+        str | None, typer.Option("--format", help="webdataset or zarr: of every shard.", show_default=False)
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Tars with all features of a clip in one sample, for plain webdataset.")
+    ] = False,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FINGERPRINT for --merge, where the cache has a feature more than once.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a cache once more: in another format (a whole cache, equal tensors), or merged for other trainers."""
+    from mimir_precompute.convert_command import run_convert, run_merge
+    from mimir_precompute.messages import describe_conversion, describe_merge
+    from mimir_precompute.progress import Progress
+    from mimir_shared.errors import InputError
+
+    if merge == (output_format is not None):
+        raise InputError("convert: give --format webdataset or --format zarr for a cache, or --merge for an export")
+    if output_format is not None:
+        if feature:
+            raise InputError("convert --feature: goes with --merge; a cache is converted with all that it has")
+        echo(describe_conversion(out, output_format, run_convert(cache, out, output_format, Progress())))
+    else:
+        echo(describe_merge(out, run_merge(cache, out, feature or [], Progress())))

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mimir_precompute.convert import ConvertOutcome
 from mimir_precompute.diff import CacheDifference
+from mimir_precompute.merge import MergeOutcome
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
 from mimir_precompute.quarantine import QuarantinedClip
@@ -122,6 +124,28 @@ def describe_verification(cache: str, report: VerifyReport) -> str:
     for name, count in report.unfinished.items():
         lines.append(f"  not finished: {count} shards of {name} are not encoded yet")
     return "\n".join(lines)
+
+
+def describe_conversion(out: str, data_format: str, outcome: ConvertOutcome) -> str:
+    """What `convert` did."""
+    before = f", {outcome.shards_done_before} were converted before" if outcome.shards_done_before else ""
+    lines = [f"{out}: {outcome.shards} shards written as {data_format}, {outcome.nbytes / 1e6:.1f} MB{before}"]
+    for name, count in outcome.unfinished.items():
+        lines.append(f"  {count} shards of {name} are not encoded yet: convert again when they are")
+    if outcome.snapshot is not None:
+        lines.append(f"{out}: complete, snapshot {outcome.snapshot.digest[:12]} with {outcome.snapshot.clips} clips")
+    elif not outcome.unfinished:
+        lines.append(f"{out}: has a feature more than once: write a snapshot with `mimir-precompute finalize {out}`")
+    return "\n".join(lines)
+
+
+def describe_merge(out: str, outcome: MergeOutcome) -> str:
+    """What `convert --merge` did."""
+    before = f", {outcome.tars_done_before} were written before" if outcome.tars_done_before else ""
+    return (
+        f"{out}: {outcome.tars} tars written, {outcome.nbytes / 1e6:.1f} MB{before}; {outcome.clips} clips with all "
+        f"features in one sample each. It is an export: `verify` and `encode` work on the cache itself"
+    )
 
 
 def describe_inspection(described: dict[str, Any]) -> str:

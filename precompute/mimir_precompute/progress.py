@@ -27,8 +27,8 @@ class Progress:
         self._last_line = 0.0
 
     @contextmanager
-    def feature(self, feature: str, *, shards: int, clips: int) -> Iterator[None]:
-        """One feature's work, from loading its model to its last shard."""
+    def feature(self, feature: str, *, shards: int, clips: int, verb: str = "encode") -> Iterator[None]:
+        """One feature's work, from loading its model to its last shard; `verb` says what is done."""
         self._feature, self._total, self._clips = feature, clips, 0
         self._nbytes = self._quarantined = self._quarantined_before = 0
         self._started = self._last_line = time.monotonic()
@@ -42,7 +42,7 @@ class Progress:
             disable=not self._console.is_terminal,
         )
         if not self._console.is_terminal:
-            self._console.print(f"{feature}: {clips} clips in {shards} shards to encode")
+            self._console.print(f"{feature}: {clips} clips in {shards} shards to {verb}")
         with bar:
             self._bar = bar
             self._task = bar.add_task(feature, total=clips, speed="")

@@ -8,7 +8,7 @@ from mimir_shared.formats.shard_format import NewFile, ShardFormat
 from mimir_shared.formats.webdataset import WebDatasetWriter
 from mimir_shared.formats.zarr import ZarrWriter
 from mimir_shared.manifest import CacheFormat
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 _WRITERS: Final[dict[CacheFormat, Callable[[int, NewFile], ShardFormat]]] = {
     "webdataset": WebDatasetWriter,
@@ -17,7 +17,7 @@ _WRITERS: Final[dict[CacheFormat, Callable[[int, NewFile], ShardFormat]]] = {
 
 
 @contextmanager
-def open_shard_format(storage: LocalStorage, name: CacheFormat, shard: int) -> Iterator[ShardFormat]:
+def open_shard_format(storage: Storage, name: CacheFormat, shard: int) -> Iterator[ShardFormat]:
     """Begin to write a shard; what was not published when the block ends is removed."""
     with ExitStack() as files:
         yield _WRITERS[name](shard, lambda: files.enter_context(storage.temporary()))

@@ -18,6 +18,7 @@ from mimir_shared.formats.shard_format import HashingFile, NewFile, WrittenShard
 from mimir_shared.layout import data_name, sample_stem
 from mimir_shared.manifest import StoredSample
 from mimir_shared.safetensors_bytes import TensorPlace, read_header, tensors_to_safetensors
+from mimir_shared.storage import TemporaryFile
 
 ENDING = "tar"
 
@@ -27,13 +28,34 @@ def document_bytes(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+class SampleTar:
+    """A tar whose bytes follow from the names and bytes of its members alone."""
+
+    def __init__(self, temporary: TemporaryFile) -> None:
+        self._output = HashingFile(temporary)
+        output: Any = self._output  # a file as far as writing a tar needs one
+        self._tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT)
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; the offset of its bytes in the tar."""
+        entry = tarfile.TarInfo(name)
+        entry.size = len(data)
+        entry.mode = 0o644
+        self._tar.addfile(entry, io.BytesIO(data))
+        end = self._output.nbytes
+        return end - len(data) - (-len(data) % tarfile.BLOCKSIZE)
+
+    def finish(self) -> HashingFile:
+        """Close the tar."""
+        self._tar.close()
+        return self._output
+
+
 class WebDatasetWriter:
     """Writes the samples of one shard in row order, and says where each came to lie."""
 
     def __init__(self, shard: int, new_file: NewFile) -> None:
-        self._output = HashingFile(new_file())
-        output: Any = self._output  # a file as far as writing a tar needs one
-        self._tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = SampleTar(new_file())
         self._shard = shard
         self._last_row = -1
         self._stored: dict[int, StoredSample] = {}
@@ -52,11 +74,11 @@ class WebDatasetWriter:
         document_text = document_bytes(document)
         safetensors = tensors_to_safetensors(tensors) if tensors else None
         stem = sample_stem(self._shard, row)
-        json_offset = self._add_member(f"{stem}.json", document_text)
+        json_offset = self._tar.add(f"{stem}.json", document_text)
         places: list[TensorPlace] = []
         tensor_hash = None
         if safetensors is not None:
-            base = self._add_member(f"{stem}.safetensors", safetensors)
+            base = self._tar.add(f"{stem}.safetensors", safetensors)
             for place in read_header(safetensors, stem):
                 places.append(
                     TensorPlace(
@@ -78,14 +100,6 @@ class WebDatasetWriter:
 
     def finish(self) -> WrittenShard:
         """Close the tar."""
-        self._tar.close()
-        path = data_name(self._shard, self._output.sha256, ENDING)
-        return WrittenShard(files=(self._output.as_written(path),), stored=self._stored)
-
-    def _add_member(self, name: str, data: bytes) -> int:
-        entry = tarfile.TarInfo(name)
-        entry.size = len(data)
-        entry.mode = 0o644
-        self._tar.addfile(entry, io.BytesIO(data))
-        end = self._output.nbytes
-        return end - len(data) - (-len(data) % tarfile.BLOCKSIZE)
+        output = self._tar.finish()
+        path = data_name(self._shard, output.sha256, ENDING)
+        return WrittenShard(files=(output.as_written(path),), stored=self._stored)
