@@ -1,4 +1,4 @@
-"""A cache read by webdataset, tar, pyarrow and duckdb. This module imports nothing of ours, on purpose."""
+"""A cache read by webdataset, tar, zarr, pyarrow and duckdb. This module imports nothing of ours, on purpose."""
 
 import json
 import tarfile
@@ -9,7 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
+import zarr
 from safetensors.torch import load
+
+from tests.programs import run
 
 
 @pytest.fixture
@@ -90,3 +93,47 @@ def test_two_features_are_joined_by_key_with_webdataset_alone(cache: Path) -> No
     for key, tensors in latents.items():
         assert tensors["vae_moments"].shape == (16, 3, 16, 24)
         assert llm[key]["instruction_hidden_0"].shape == (4, 64)
+
+
+@pytest.fixture(scope="module")
+def zarr_cache(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache once more, in the other format."""
+    out = tmp_path_factory.mktemp("zarr") / "cache"
+    done = run("mimir-precompute", "convert", toy_cache, "--format", "zarr", "--out", out)
+    assert done.code == 0, done.err
+    assert "12 shards written as zarr" in done.out
+    return out
+
+
+def test_zarr_reads_every_tensor_that_webdataset_reads(cache: Path, zarr_cache: Path) -> None:
+    groups = [zarr.open_group(path, mode="r") for path in sorted((_only(zarr_cache / "llm") / "data").glob("*.zarr"))]
+    shards = sorted(map(str, (_only(cache / "llm") / "data").glob("*.tar")))
+    samples = {
+        json.loads(sample["json"])["key"]: (json.loads(sample["json"]), load(sample["safetensors"]))
+        for sample in webdataset.WebDataset(shards, shardshuffle=False)
+    }
+    assert [key for group in groups for key in group.attrs["keys"]] == list(samples)
+    for group in groups:
+        names = [name for name in group.array_keys() if "dtype" in group[name].attrs and name != "documents"]
+        for number, key in enumerate(group.attrs["keys"]):
+            document, tensors = samples[key]
+            assert set(names) == set(tensors)
+            for name in names:
+                array = group[name][number]
+                if f"{name}_lengths" in group:
+                    array = array[: group[f"{name}_lengths"][number]]
+                tensor = torch.from_numpy(array)
+                if group[name].attrs["dtype"] == "bf16":
+                    tensor = tensor.view(torch.bfloat16)
+                assert torch.equal(tensor, tensors[name])
+            text = group["documents"][number, : group["documents_lengths"][number]].tobytes()
+            assert json.loads(text) == document
+
+
+def test_zarr_keeps_each_bucket_in_a_group_of_its_own(zarr_cache: Path) -> None:
+    record = pq.read_table(_only(zarr_cache / "latents") / "manifests" / "000000.0.parquet").to_pylist()
+    group = zarr.open_group(next((_only(zarr_cache / "latents") / "data").glob("000000-*")), mode="r")
+    assert list(group.group_keys()) == ["9x64x96"]
+    assert group["9x64x96/vae_moments"].shape == (3, 16, 3, 16, 24)
+    assert group["9x64x96/rows"][:].tolist() == [row["row"] for row in record]
+    assert group["9x64x96"].attrs["keys"] == [row["key"] for row in record]

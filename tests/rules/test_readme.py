@@ -24,7 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     (block,) = [block for block in _blocks("sh") if "mimir-precompute toy" in block]
     assert "--max-train-steps 200" in block
-    for line in block.splitlines():
+    (convert,) = [block for block in _blocks("sh") if "mimir-precompute convert" in block]
+    for line in [*block.splitlines(), *convert.splitlines()]:
         command = shlex.split(line, comments=True)
         if command[1] == "toy":
             command += ["--clips", "10"]
@@ -52,6 +53,7 @@ def test_the_snippets_that_read_a_cache_run(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "torch.Size([64, 64])" in done.stdout
     assert "torch.Size([16, 3, 16, 24]) torch.Size([4, 64])" in done.stdout
+    assert "torch.Size([16, 3, 16, 24]) torch.Size([64, 64]) {'answer'" in done.stdout
     assert "mimir_shared" not in code
     assert "mimir_precompute" not in code
 
