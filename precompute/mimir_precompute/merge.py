@@ -46,7 +46,7 @@ def merge_features(cache: SnapshotReader, target: LocalStorage, progress: Progre
     done = {name.partition("-")[0] for name in target.list("") if name.endswith(f".{ENDING}")}
     outcome = MergeOutcome(clips=len(cache))
     with progress.feature("merged", shards=cache.num_shards, clips=len(cache), verb="merge"):
-        for shard, numbers in groupby(range(len(cache)), cache.shard_of):
+        for shard, numbers in groupby(range(len(cache)), lambda number: cache.clip(number).shard):
             clips = list(numbers)
             nbytes = 0
             if f"{shard:06d}" in done:
