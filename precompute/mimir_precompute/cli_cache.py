@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute.cli_options import CacheArgument, Json
+from mimir_precompute.cli_options import Json, ReadableCache
 from mimir_shared.command_line import echo
 
 
@@ -19,7 +19,7 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def status(cache: CacheArgument, as_json: Json = False) -> None:
+def status(cache: ReadableCache, as_json: Json = False) -> None:
     """Say how far a cache is."""
     from mimir_precompute.messages import describe_status
     from mimir_precompute.status import read_status
@@ -29,7 +29,7 @@ def status(cache: CacheArgument, as_json: Json = False) -> None:
     echo(json.dumps(found.to_json()) if as_json else describe_status(cache, found))
 
 
-def verify(cache: CacheArgument, as_json: Json = False) -> None:
+def verify(cache: ReadableCache, as_json: Json = False) -> None:
     """Read everything again and say what is wrong; exit code 4 if something is."""
     from mimir_precompute.messages import describe_verification
     from mimir_precompute.verify import verify_cache
@@ -42,7 +42,7 @@ def verify(cache: CacheArgument, as_json: Json = False) -> None:
 
 
 def quarantine(
-    cache: CacheArgument,
+    cache: ReadableCache,
     out: Annotated[
         Path | None, typer.Option(help="Write the ledger to this file, as one Parquet table.", show_default=False)
     ] = None,
@@ -64,7 +64,7 @@ def quarantine(
 
 
 def finalize(
-    cache: CacheArgument,
+    cache: ReadableCache,
     feature: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FINGERPRINT, where the cache has a feature more than once.", show_default=False),
@@ -78,7 +78,7 @@ def finalize(
 
 
 def inspect(
-    cache: CacheArgument,
+    cache: ReadableCache,
     key: Annotated[str, typer.Argument(help="Of the clip, as in the plan.", show_default=False)],
     video: Annotated[
         Path | None, typer.Option(help="Decode its latents to this mp4; needs --models or --vae.", show_default=False)
@@ -99,8 +99,8 @@ def inspect(
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Folder of a cache.", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="Folder of another cache.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder or URL of a cache.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder or URL of another.", show_default=False)],
     feature_a: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FINGERPRINT, where A has a feature more than once.", show_default=False),

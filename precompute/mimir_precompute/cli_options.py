@@ -20,6 +20,11 @@ Clips = Annotated[
     ),
 ]
 Cache = Annotated[str, typer.Option(help="Folder of the cache.", show_default=False)]
+ReadableCache = Annotated[
+    str,
+    typer.Argument(metavar="CACHE", help="Folder of the cache, or s3://bucket/prefix (gs://, az://).",
+                   show_default=False),
+]  # fmt: skip
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 PresetOption = Annotated[

@@ -47,17 +47,20 @@ def read_status(storage: Storage) -> CacheStatus:
     for folder in find_features(storage):
         spec = folder.read_spec()
         one = FeatureStatus(fingerprint=spec.fingerprint[:12], format=spec.format)
-        for shard, generation in sorted(folder.generations().items()):
-            metadata, _ = folder.read_record_metadata(shard, generation)
+        generations = dict(sorted(folder.generations().items()))
+        losing: dict[int, int] = {}
+        for metadata, _ in folder.read_all_metadata(generations):
             one.shards_done += 1
             one.ok += metadata.ok
             one.quarantined += metadata.quarantined
             one.bytes += sum(file.bytes for file in metadata.files)
             if metadata.quarantined:
-                for sample in folder.read_record(shard, generation).samples:
-                    if sample.status == "quarantined":
-                        why = f"{sample.stage}: {sample.reason}"
-                        one.reasons[why] = one.reasons.get(why, 0) + 1
+                losing[metadata.shard] = metadata.generation
+        for record in folder.read_records(losing):
+            for sample in record.samples:
+                if sample.status == "quarantined":
+                    why = f"{sample.stage}: {sample.reason}"
+                    one.reasons[why] = one.reasons.get(why, 0) + 1
         status.features.setdefault(folder.feature, []).append(one)
     status.complete = bool(status.features) and all(
         any(one.shards_done == status.shards for one in many) for many in status.features.values()

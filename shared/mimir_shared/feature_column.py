@@ -97,14 +97,20 @@ class FeatureColumn:
         for part in ranges:
             self._read_range(part, number)
         if verify and ranges:
-            digest = xxhash.xxh3_64()
-            for buffer in buffers:
-                digest.update(buffer)
-            if digest.intdigest() != int(self._xxh3[number]):
+            expected = int(self._xxh3[number])
+            if _hash(buffers) != expected and not (self._read_again(ranges, number) and _hash(buffers) == expected):
                 raise CacheError(
                     f"{self._where(ranges[0].file, number)}: its {sum(map(len, buffers))} bytes do not match the hash "
                     f"in the commit record; the shard is damaged: {self._verify_command}"
                 )
+
+    def _read_again(self, ranges: Sequence[_Range], number: int) -> bool:
+        """Whether the storage may give other bytes than before; then they are in the buffers."""
+        worth_it = [self._storage.forget(self._files[p.file], p.offset, sum(map(len, p.buffers))) for p in ranges]
+        if any(worth_it):
+            for part in ranges:
+                self._read_range(part, number)
+        return any(worth_it)
 
     def read_document(self, number: int, *, verify: bool) -> dict[str, Any]:
         """The text of a clip: its key, caption, answers. Raises as read_into."""
@@ -112,7 +118,12 @@ class FeatureColumn:
         data = bytearray(place["json_nbytes"])
         part = _Range(place["json_file"], place["json_offset"], place["json_offset"] + len(data), [memoryview(data)])
         self._read_range(part, number)
-        if verify and xxhash.xxh3_64_intdigest(data) != place["json_xxh3"]:
+        expected = place["json_xxh3"]
+        if (
+            verify
+            and _hash(part.buffers) != expected
+            and not (self._read_again([part], number) and _hash(part.buffers) == expected)
+        ):
             raise CacheError(
                 f"{self._where(part.file, number)}: its text does not match the hash in the commit record; the shard "
                 f"is damaged: {self._verify_command}"
@@ -175,6 +186,13 @@ class FeatureColumn:
     @property
     def _verify_command(self) -> str:
         return f"see `mimir-precompute verify {self._storage.root}`"
+
+
+def _hash(buffers: Sequence[memoryview]) -> int:
+    digest = xxhash.xxh3_64()
+    for buffer in buffers:
+        digest.update(buffer)
+    return digest.intdigest()
 
 
 def _tensor_columns(

@@ -1,7 +1,7 @@
 """One feature of a cache at one fingerprint: its spec, its commit records, its data files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -94,24 +94,34 @@ class FeatureFolder:
 
     def read_record(self, shard: int, generation: int) -> CommitRecord:
         """Raises CacheError where the record is damaged or belongs to another place."""
-        name = self.record_path(shard, generation)
-        record = read_record(self._read(name), f"{self.storage.root}/{name}")
-        self._check_place(record.metadata, name, shard, generation)
+        (record,) = self.read_records({shard: generation})
         return record
 
-    def read_record_table(self, shard: int, generation: int) -> tuple[pa.Table, RecordMetadata, str]:
-        """The record's rows as a table, its footer and its seal. Raises CacheError as read_record."""
-        name = self.record_path(shard, generation)
-        table, metadata, seal = read_record_table(self._read(name), f"{self.storage.root}/{name}")
-        self._check_place(metadata, name, shard, generation)
-        return table, metadata, seal
+    def read_records(self, generations: Mapping[int, int]) -> Iterator[CommitRecord]:
+        """The records of several shards, in their order; from a bucket, many at a time. Raises as read_record."""
+        for shard, generation, name, data in self._read_all(generations):
+            record = read_record(data, f"{self.storage.root}/{name}")
+            self._check_place(record.metadata, name, shard, generation)
+            yield record
+
+    def read_record_tables(self, generations: Mapping[int, int]) -> Iterator[tuple[pa.Table, RecordMetadata, str]]:
+        """As read_records: the rows as a table, the footer and the seal."""
+        for shard, generation, name, data in self._read_all(generations):
+            table, metadata, seal = read_record_table(data, f"{self.storage.root}/{name}")
+            self._check_place(metadata, name, shard, generation)
+            yield table, metadata, seal
 
     def read_record_metadata(self, shard: int, generation: int) -> tuple[RecordMetadata, str]:
         """The record's footer and seal. Raises CacheError as read_record."""
-        name = self.record_path(shard, generation)
-        metadata, seal = read_record_metadata(self._read(name), f"{self.storage.root}/{name}")
-        self._check_place(metadata, name, shard, generation)
-        return metadata, seal
+        (found,) = self.read_all_metadata({shard: generation})
+        return found
+
+    def read_all_metadata(self, generations: Mapping[int, int]) -> Iterator[tuple[RecordMetadata, str]]:
+        """As read_records: the footers and seals alone."""
+        for shard, generation, name, data in self._read_all(generations):
+            metadata, seal = read_record_metadata(data, f"{self.storage.root}/{name}")
+            self._check_place(metadata, name, shard, generation)
+            yield metadata, seal
 
     def open_shard(self, record: CommitRecord) -> ShardFiles:
         """The data files of a shard, for reading many of its samples."""
@@ -124,11 +134,15 @@ class FeatureFolder:
         files = self.open_shard(record)
         return files.read_document(sample), files.read_tensors(sample)
 
-    def _read(self, name: str) -> bytes:
-        try:
-            return self.storage.read(name)
-        except FileNotFoundError as fault:
-            raise CacheError(f"{self.storage.root}/{name}: missing; the shard is not committed") from fault
+    def _read_all(self, generations: Mapping[int, int]) -> Iterator[tuple[int, int, str, bytes]]:
+        """(shard, generation, name, bytes) of each record."""
+        names = [self.record_path(shard, generation) for shard, generation in generations.items()]
+        found = self.storage.read_many(names)
+        for (shard, generation), name in zip(generations.items(), names, strict=True):
+            try:
+                yield shard, generation, name, next(found)
+            except FileNotFoundError as fault:
+                raise CacheError(f"{self.storage.root}/{name}: missing; the shard is not committed") from fault
 
     def _check_place(self, metadata: RecordMetadata, name: str, shard: int, generation: int) -> None:
         expected = (self.feature, shard, generation)

@@ -9,9 +9,12 @@ from mimir_shared.storage_protocol import Storage
 
 _BUCKETS: Final = ("s3", "gs", "az")
 _GB: Final = 10**9
+DEFAULT_LOCAL_CACHE_GB: Final = 100.0
 
 
-def open_storage(location: str, *, local_cache_dir: str | None = None, local_cache_gb: float = 100.0) -> Storage:
+def open_storage(
+    location: str, *, local_cache_dir: str | None = None, local_cache_gb: float = DEFAULT_LOCAL_CACHE_GB
+) -> Storage:
     """The storage behind a `--cache` value: a folder, or s3://, gs:// or az:// with bucket and prefix.
 
     Args:

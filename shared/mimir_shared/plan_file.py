@@ -214,6 +214,9 @@ def read_plan_file(data: bytes, where: str) -> PlanFile:
 def read_plan(storage: Storage) -> Plan:
     """All plan files of a cache. Raises InputError where there is none, CacheError where one is damaged."""
     names = [name for name in storage.list("plan") if name.endswith(".parquet")]
+    # a listing may be late; the name of the next plan file is known
+    while storage.exists(plan_name(len(names))):
+        names.append(plan_name(len(names)).removeprefix("plan/"))
     if not names:
         raise InputError(
             f"{storage.root}: no plan in this cache (expected {plan_name(0)}); make one: "

@@ -7,7 +7,7 @@ snapshots, and the digest names the data of a training run.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -125,17 +125,17 @@ class _IndexBuilder:
         self._files: dict[FeatureName, list[str]] = {feature: [] for feature in folders}
         self._records: dict[FeatureName, list[tuple[int, int, str]]] = {feature: [] for feature in folders}
         self._statistics: dict[FeatureName, list[dict[str, TensorStatistics]]] = {feature: [] for feature in folders}
-        self._generations = {feature: folder.generations() for feature, folder in folders.items()}
+        self._tables_of = {feature: _tables_in_order(plan, folder) for feature, folder in folders.items()}
         self.left_out: dict[str, int] = {}
 
     def add_shard(self, shard: int) -> None:
-        """Append the clips of a shard that are ok in every feature, and count the others. Raises CacheError."""
+        """Append the clips of the next shard that are ok in every feature, and count the others. Raises CacheError."""
         planned = self._plan.shard_table(shard)
         records: dict[FeatureName, pa.Table] = {}
         footers: dict[FeatureName, RecordMetadata] = {}
         for feature, folder in self._folders.items():
-            generation = self._generations[feature][shard]
-            records[feature], footers[feature], seal = folder.read_record_table(shard, generation)
+            records[feature], footers[feature], seal = next(self._tables_of[feature])
+            generation = footers[feature].generation
             if not records[feature]["key"].equals(planned["key"]):
                 raise CacheError(
                     f"{folder.storage.root}/{folder.record_path(shard, generation)}: its keys are not those of the plan"
@@ -253,18 +253,26 @@ def _to_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
+def _tables_in_order(plan: Plan, folder: FeatureFolder) -> Iterator[tuple[pa.Table, RecordMetadata, str]]:
+    generations = folder.generations()
+    return folder.read_record_tables({shard: generations[shard] for shard in range(plan.num_shards)})
+
+
 def list_snapshots(storage: Storage) -> list[Snapshot]:
     """Every snapshot of a cache, oldest first. Raises CacheError for one that does not parse."""
-    snapshots = []
-    for name in storage.list("snapshots"):
-        path = f"snapshots/{name}/snapshot.json"
-        if not storage.exists(path):
-            continue
-        try:
-            snapshots.append(Snapshot.model_validate(json.loads(storage.read(path))))
-        except (ValidationError, ValueError) as fault:
-            raise CacheError(f"{storage.root}/{path}: not readable: {' '.join(str(fault).splitlines()[:3])}") from fault
-    return sorted(snapshots, key=lambda snapshot: snapshot.sequence)
+    found = [read_snapshot(storage, f"snapshots/{name}") for name in storage.list("snapshots")]
+    return sorted((snapshot for snapshot in found if snapshot), key=lambda snapshot: snapshot.sequence)
+
+
+def read_snapshot(storage: Storage, directory: str) -> Snapshot | None:
+    """None where there is none (yet). Raises CacheError for one that does not parse."""
+    path = f"{directory}/snapshot.json"
+    try:
+        return Snapshot.model_validate(json.loads(storage.read(path)))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError) as fault:
+        raise CacheError(f"{storage.root}/{path}: not readable: {' '.join(str(fault).splitlines()[:3])}") from fault
 
 
 def read_index(storage: Storage, snapshot: Snapshot) -> pa.Table:

@@ -19,12 +19,12 @@ from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_column import FeatureColumn
 from mimir_shared.feature_folder import FeatureSpec, find_features
 from mimir_shared.features import NUMPY_DTYPES, FeatureName, FeatureTensor
-from mimir_shared.layout import empty_name, plan_name
-from mimir_shared.open_storage import open_storage
+from mimir_shared.layout import FINGERPRINT_DIGITS, empty_name, plan_name, snapshot_directory
+from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB, open_storage
 from mimir_shared.plan_file import read_plan
 from mimir_shared.safetensors_bytes import read_tensors
 from mimir_shared.sealed import check_sealed_tensors, claimed_seal
-from mimir_shared.snapshot import Snapshot, incomplete_shards, list_snapshots, read_index
+from mimir_shared.snapshot import Snapshot, incomplete_shards, list_snapshots, read_index, read_snapshot
 from mimir_shared.storage_protocol import Storage
 
 _FOOTER_BYTES: Final = 1 << 20
@@ -148,13 +148,22 @@ class SnapshotReader:
 
 
 def open_snapshot(
-    location: str, wanted: Mapping[str, str] | None = None, *, snapshot: str | None = None
+    location: str,
+    wanted: Mapping[str, str] | None = None,
+    *,
+    snapshot: str | None = None,
+    local_cache_dir: str | None = None,
+    local_cache_gb: float = DEFAULT_LOCAL_CACHE_GB,
 ) -> SnapshotReader:
     """Open the newest snapshot of a cache, whatever features it has.
 
     Args: and Raises: as find_snapshot.
     """
-    return SnapshotReader(*find_snapshot(location, wanted or {}, snapshot=snapshot))
+    return SnapshotReader(
+        *find_snapshot(
+            location, wanted or {}, snapshot=snapshot, local_cache_dir=local_cache_dir, local_cache_gb=local_cache_gb
+        )
+    )
 
 
 def find_snapshot(
@@ -163,6 +172,8 @@ def find_snapshot(
     *,
     snapshot: str | None = None,
     needed: Sequence[FeatureName] = (),
+    local_cache_dir: str | None = None,
+    local_cache_gb: float = DEFAULT_LOCAL_CACHE_GB,
 ) -> tuple[Storage, Snapshot, pa.Table]:
     """The newest snapshot of a cache that fits, and its index.
 
@@ -170,10 +181,11 @@ def find_snapshot(
         wanted: feature → beginning of its fingerprint, where the cache has a feature more than once.
         snapshot: digest (or its beginning) of the one to take instead.
         needed: features that the snapshot must have.
+        local_cache_dir: folder that keeps what is read from a bucket, with at most `local_cache_gb` 10^9 bytes.
     Raises: InputError where there is none, saying what to run; CacheError where it is damaged, is gone, or is of
         another plan than the one that lies there.
     """
-    storage: Storage = open_storage(location)
+    storage = open_storage(location, local_cache_dir=local_cache_dir, local_cache_gb=local_cache_gb)
     if isinstance(storage.root, Path) and not storage.root.is_dir():
         raise InputError(f"--cache {location}: no such folder")
     chosen = _choose(storage, wanted, snapshot, needed)
@@ -182,6 +194,11 @@ def find_snapshot(
 
 
 def _choose(storage: Storage, wanted: Mapping[str, str], digest: str | None, needed: Sequence[FeatureName]) -> Snapshot:
+    if digest is not None and len(digest) >= FINGERPRINT_DIGITS:
+        # asked for by name, and not looked for: a listing may be late
+        named = read_snapshot(storage, snapshot_directory(digest))
+        if named is not None and named.digest.startswith(digest):
+            return named
     snapshots = list_snapshots(storage)
     if digest is not None:
         chosen = next((found for found in snapshots if found.digest.startswith(digest)), None)

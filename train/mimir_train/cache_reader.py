@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from mimir_shared.features import FeatureName
+from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
 from mimir_shared.snapshot_reader import SnapshotReader, find_snapshot
 from mimir_train.order import BucketShards, ClipPlace
 
@@ -56,16 +57,29 @@ class Cache(SnapshotReader):
         }
 
 
-def open_cache(location: str, wanted: Mapping[str, str] | None = None, *, snapshot: str | None = None) -> Cache:
+def open_cache(
+    location: str,
+    wanted: Mapping[str, str] | None = None,
+    *,
+    snapshot: str | None = None,
+    local_cache_dir: str | None = None,
+    local_cache_gb: float = DEFAULT_LOCAL_CACHE_GB,
+) -> Cache:
     """Open the newest snapshot of a cache that can be trained on.
 
     Args:
+        location: a folder, or s3://, gs:// or az:// with bucket and prefix.
         wanted: feature → beginning of its fingerprint, where the cache has a feature more than once.
         snapshot: digest (or its beginning) of the one to open instead.
+        local_cache_dir: folder that keeps what is read from a bucket, with at most `local_cache_gb` 10^9 bytes.
     Raises: InputError where there is none, saying what to run; CacheError where it is damaged, or where the snapshot
-        asked for is gone.
+        asked for is gone; MachineError where a bucket cannot be read.
     """
-    return Cache(*find_snapshot(location, wanted or {}, snapshot=snapshot, needed=NEEDED))
+    found = find_snapshot(
+        location, wanted or {}, snapshot=snapshot, needed=NEEDED, local_cache_dir=local_cache_dir,
+        local_cache_gb=local_cache_gb,
+    )  # fmt: skip
+    return Cache(*found)
 
 
 def newer_plan(cache: Cache) -> str | None:

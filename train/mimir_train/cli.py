@@ -20,7 +20,8 @@ _OPTIMIZER = "Optimizer"
 _RUN = "Run"
 _SETTINGS = "Settings"
 
-Cache = Annotated[str, typer.Option(help="Folder of the cache.", show_default=False, rich_help_panel=_DATA)]
+_CACHE_HELP = "Folder of the cache, or s3://bucket/prefix (gs://, az://)."
+Cache = Annotated[str, typer.Option(help=_CACHE_HELP, show_default=False, rich_help_panel=_DATA)]
 FeatureOption = Annotated[
     list[str] | None,
     typer.Option("--feature", help="NAME=FINGERPRINT, where the cache has a feature more than once; repeatable.",
@@ -35,7 +36,7 @@ ValidationShardsOption = Annotated[
 
 @app.command()
 def run(
-    cache: Annotated[str | None, typer.Option(help="Folder of the cache.", show_default=False, rich_help_panel=_DATA)]
+    cache: Annotated[str | None, typer.Option(help=_CACHE_HELP, show_default=False, rich_help_panel=_DATA)]
     = None,
     output_dir: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run: config, metrics, checkpoints.",
                                              show_default=False, rich_help_panel=_RUN)] = ...,  # type: ignore[assignment]
@@ -56,6 +57,10 @@ def run(
                                                      rich_help_panel=_DATA)] = None,
     empty_text: Annotated[str | None, typer.Option(help="What dropped text becomes: zeros or cached (empty prompt).",
                                                    show_default=False, rich_help_panel=_DATA)] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Folder on a near disk that keeps what is read from a bucket.",
+                                                  show_default=False, rich_help_panel=_DATA)] = None,
+    cache_dir_gb: Annotated[float | None, typer.Option(help="The most that may lie there; default: 100",
+                                                       show_default=False, rich_help_panel=_DATA)] = None,
     fuser: Annotated[str | None, typer.Option(help="baseline, direct, norm, norm_ss, zeroconv, zeroconv_ss, "
                                               "norm_zeroconv or mimir.", show_default=False,
                                               rich_help_panel=_MODEL)] = None,
@@ -109,6 +114,8 @@ def run(
                 "data.validation_shards": validation_shards,
                 "data.verify_reads": verify_reads,
                 "data.empty_text": empty_text,
+                "data.local_cache_dir": cache_dir,
+                "data.local_cache_gb": cache_dir_gb,
                 "model.fuser": fuser,
                 "model.stabilizer_start_step": stabilizer_start_step,
                 "model.init_from": init_from,

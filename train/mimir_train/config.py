@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mimir_shared.errors import InputError
+from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
 from mimir_train.model.config import FUSERS, DiTConfig, FuserName
 from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
 
@@ -32,7 +33,8 @@ class DataConfig:
     """What is trained on, and in which order."""
 
     cache: str
-    """Folder of the cache. A run may go on from a copy elsewhere: the snapshot is what counts."""
+    """The cache: a folder, or s3://bucket/prefix (gs://, az://). A run may go on from a copy elsewhere: the snapshot
+    is what counts."""
     features: Mapping[str, str] = field(default_factory=dict)
     """Feature to the beginning of its fingerprint, where the cache has a feature more than once."""
     snapshot: str | None = None
@@ -55,6 +57,10 @@ class DataConfig:
     """What becomes of a clip that cannot be read: the run ends, or another of its bucket stands in, and is recorded."""
     max_bad_share: float = 0.01
     """With substitute: the run ends when more than 10 clips, and more than this share of those read, were bad."""
+    local_cache_dir: str | None = None
+    """Folder on a near disk that keeps what is read from a bucket; ranks of a machine share it. None: keep nothing."""
+    local_cache_gb: float = DEFAULT_LOCAL_CACHE_GB
+    """The most that may lie in it, in 10^9 bytes."""
     empty_text: EmptyText = "zeros"
     """What a clip gets in place of its text when that is dropped: zeros, or the cached features of the empty prompt."""
 
@@ -65,6 +71,7 @@ class DataConfig:
         _require(self.shards_per_block >= 1, "data.shards_per_block", "at least 1", self.shards_per_block)
         held_out = self.validation_shards
         _require(held_out is None or held_out >= 0, "data.validation_shards", "0 or more", held_out)
+        _require(self.local_cache_gb > 0, "--cache-dir-gb", "more than 0", self.local_cache_gb)
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", "at least 1", self.prefetch_batches)
         _require(self.reader_threads >= 1, "data.reader_threads", "at least 1", self.reader_threads)
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", "from 0 to 1", self.max_bad_share)

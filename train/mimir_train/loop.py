@@ -62,7 +62,11 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
     with start_parallel(config.run.device) as parallel, catch_sigterm() as stop:
         console = Console(stderr=True, highlight=False, quiet=not parallel.is_first)
         run = open_run(config, resume, lambda line: console.print(line, soft_wrap=True))
-        cache = open_cache(config.data.cache, config.data.features, snapshot=config.data.snapshot)
+        data = config.data
+        cache = open_cache(
+            data.cache, data.features, snapshot=data.snapshot, local_cache_dir=data.local_cache_dir,
+            local_cache_gb=data.local_cache_gb,
+        )  # fmt: skip
         fitted = fit(config, cache, initial_of(run, config))
         order = build_order(fitted, cache, parallel)
         say_what_is_trained(console, fitted, cache, order)
