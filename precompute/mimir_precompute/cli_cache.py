@@ -124,7 +124,7 @@ def diff(
 
 
 def convert(
-    cache: CacheArgument,
+    cache: ReadableCache,
     out: Annotated[str, typer.Option(help="Folder to write to; the same command goes on in it.", show_default=False)],
     output_format: Annotated[
         str | None, typer.Option("--format", help="webdataset or zarr: of every shard.", show_default=False)
