@@ -39,11 +39,7 @@ class AnswersEncoder:
             an answer may be empty.
         """
         captions = [self.prompts.caption(item.caption) for item in batch]
-        requests = [
-            request
-            for item, caption in zip(batch, captions, strict=True)
-            for request in self._requests(item.key, caption)
-        ]
+        requests = [request for item in batch for request in self.requests(item)]
         answers = self.engine.generate(requests)
         per_clip = len(requests) // len(batch) if batch else 0
         return [
@@ -63,7 +59,7 @@ class AnswersEncoder:
         self.engine.close()
 
     def _document(self, item: EncoderInput, caption: CaptionTokens, answers: Sequence[Answer]) -> Encoded:
-        """One clip's answers, in the order of `_requests`, as they are stored."""
+        """One clip's answers, in the order of `requests`, as they are stored."""
         given: list[dict[str, JsonValue]] = []
         for answer in answers:
             if isinstance(answer, EngineGaveUp):
@@ -87,9 +83,10 @@ class AnswersEncoder:
         }
         return Encoded(document=document)
 
-    def _requests(self, key: str, caption: CaptionTokens) -> list[Request]:
+    def requests(self, item: EncoderInput) -> list[Request]:
         """For each variant the caption alone, then each instruction: the order in which `encode` takes the answers."""
         settings = self.settings
+        caption = self.prompts.caption(item.caption)
         answer_prompt = self.prompts.answer_prompt(caption)
         instruction_prompts = self.prompts.instruction_prompts(caption)
         prompts: list[tuple[str | None, list[int], int]] = [(None, answer_prompt, settings.max_answer_tokens)]
@@ -99,7 +96,7 @@ class AnswersEncoder:
         ]
         requests: list[Request] = []
         for variant in range(settings.variants):
-            seed = variant_seed(settings.seed, key, variant)
+            seed = variant_seed(settings.seed, item.key, variant)
             requests += [
                 Request(
                     prompt_ids=prompt_ids,
