@@ -15,7 +15,7 @@ from mimir_shared.command_line import echo
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (status, verify, quarantine, finalize, inspect, diff, convert):
+    for command in (status, verify, quarantine, finalize, report, inspect, diff, convert):
         app.command()(command)
 
 
@@ -75,6 +75,37 @@ def finalize(
 
     snapshot = run_finalize(cache, feature or [])
     echo(f"snapshot {snapshot.digest[:12]}: {snapshot.clips} clips, features {', '.join(snapshot.features)}")
+
+
+def report(
+    cache: ReadableCache,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; default: CACHE-report.html in the current folder.", show_default=False),
+    ] = None,
+    gallery: Annotated[int, typer.Option(help="How many clips to show, spread over the shards.", min=0)] = 12,
+    models: Annotated[
+        str | None, typer.Option(help="Folder or hub id with the vae, to decode the gallery.", show_default=False)
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="VAE alone: folder or hub id.", show_default=False)] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FINGERPRINT, where the cache has a feature more than once; else the one with most "
+                     "shards.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:  # fmt: skip
+    """Write one HTML page about a cache: progress, sizes, quarantine, lengths, values, and a gallery of clips.
+
+    It stands alone: pictures are inside, nothing is loaded from elsewhere. Without --models or --vae the gallery shows
+    latents in false colours. The page has captions and frames in it: share it as you would share the clips.
+    """
+    from mimir_precompute.report.command import run_report
+
+    path, nbytes = run_report(
+        cache, out=out, gallery=gallery, wanted=feature or [], models=models, vae=vae, device=device
+    )
+    echo(f"{path}: {nbytes / 1e6:.1f} MB, and nothing beside it is needed")
 
 
 def inspect(

@@ -75,6 +75,9 @@ class DecodeInProcess:
     ) -> ClipPixels:
         return read_clip(source, geometry=geometry, start_s=start_s, end_s=end_s)
 
+    def read_first_frame(self, source: bytes | Path, *, longest_side: int, start_s: float | None = None) -> Pixels:
+        return read_first_frame(source, longest_side=longest_side, start_s=start_s)
+
     def close(self) -> None:
         pass
 

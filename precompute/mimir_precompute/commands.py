@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mimir_precompute.clip_list import read_clip_list
-from mimir_precompute.config import DecodeLimits, ModelSource
+from mimir_precompute.config import DecodeLimits
 from mimir_precompute.device import choose_device
 from mimir_precompute.messages import describe_plan
-from mimir_precompute.model_options import ModelOptions, encode_settings
+from mimir_precompute.model_options import ModelOptions, encode_settings, model_source
 from mimir_precompute.option_values import parse_choice, parse_feature_choices, parse_features, parse_shards
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
 from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_plan
@@ -163,11 +163,7 @@ def run_inspect(
         preset = find_preset(plan.settings.preset) if plan.settings.preset else None
         tensors = read_clip_tensors(storage, key, "latents")
         (spec, *_) = [folder.read_spec() for folder in find_features(storage) if folder.feature == "latents"]
-        name = vae or models or (preset.models if preset else None)
-        if name is None:
-            raise InputError("--video decodes with the VAE that encoded: give --models or --vae")
-        alone = vae is not None and Path(vae).is_dir() and not (Path(vae) / "vae").is_dir()
-        source = ModelSource(name=name, subfolder="" if alone else "vae")
+        source = model_source(ModelOptions(models=models, vae=vae), preset, "vae", True)
         decoder = load_decoder(source, spec.identity, choose_device(device))
         write_video(video, decoder.decode_latents(posterior_mean(tensors)), plan.settings.fps)
     return described

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,41 +13,10 @@ from scripts import demo, demo_page
 
 from mimir_shared.plan_file import read_plan
 from mimir_shared.storage import LocalStorage
+from tests.pages import Outline, visit_page
 from tests.programs import run
 
 CAPTION = '<script>alert("caption")</script> & "quotes"'
-VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
-
-
-class Outline(HTMLParser):
-    """Elements of a page; checks on its way that all that is opened is closed."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data + " "  # cells of a table have nothing between them
-
-    def attributes(self, tag: str, name: str) -> list[str]:
-        return [attributes[name] or "" for found, attributes in self.elements if found == tag and name in attributes]
 
 
 @pytest.fixture(scope="module")
@@ -172,21 +140,9 @@ def test_a_page_without_training_leaves_it_out(demo_folder: Path, tmp_path: Path
 
 
 def test_the_page_opens_in_a_browser_without_a_complaint(page: str, demo_folder: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium on this machine")
-    picture = tmp_path / "page.png"
-    done = subprocess.run(
-        [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=800,600", "--enable-logging=stderr",
-            f"--screenshot={picture}", (demo_folder / "index.html").as_uri(),
-        ],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert picture.is_file(), done.stderr
-    assert "CONSOLE" not in done.stderr, done.stderr
+    visit = visit_page(demo_folder / "index.html", tmp_path)
+    assert visit.console == []
+    assert visit.requests == []
 
 
 def test_a_folder_of_someone_else_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,15 @@ def test_nothing_loads_remote_code_or_unpickles() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("module", ["mimir_shared.snapshot", "mimir_precompute.pipeline", "mimir_precompute.verify"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mimir_shared.snapshot",
+        "mimir_precompute.pipeline",
+        "mimir_precompute.verify",
+        "mimir_precompute.report.command",
+    ],
+)
 def test_modules_that_need_no_model_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Moving pictures that a page carries inside itself."""
+"""Pictures, still and moving, that a page carries inside itself."""
 
 import base64
 import io
@@ -50,6 +50,38 @@ def _side_by_side(clips: Sequence[np.ndarray], index: int) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Still:
+    """One frame as a WebP file."""
+
+    uri: str
+    width: int
+    height: int
+
+
+def still_picture(frame: np.ndarray, *, longest_side: int) -> Still:
+    """A photograph, made smaller where it is larger than wanted.
+
+    Args:
+        frame: (H, W, 3) uint8.
+        longest_side: pixels.
+    """
+    image = Image.fromarray(frame)
+    image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    return Still(uri=_webp_uri([image], 1.0), width=image.width, height=image.height)
+
+
+def pixel_picture(values: np.ndarray) -> Still:
+    """(h, w, 3) uint8 values that are to be seen one by one: without loss, to be magnified by the page."""
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format="WEBP", lossless=True, method=4)
+    return Still(uri=_data_uri(buffer.getvalue()), width=values.shape[1], height=values.shape[0])
+
+
+def _data_uri(webp: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(webp).decode()
+
+
 def _webp_uri(images: Sequence[Image.Image], fps: float) -> str:
     # Whole milliseconds that add up: rounding each frame alone would let a long clip run late.
     ends = [round(1000 * (index + 1) / fps) for index in range(len(images))]
@@ -66,7 +98,7 @@ def _webp_uri(images: Sequence[Image.Image], fps: float) -> str:
         quality=_QUALITY,
         method=4,
     )
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri(buffer.getvalue())
 
 
 def psnr_db(original: np.ndarray, decoded: np.ndarray) -> float:
