@@ -24,6 +24,7 @@ from mimir_shared.plan_file import PlannedClip, PlanSettings, read_plan, write_p
 from mimir_shared.sealed import write_sealed_tensors
 from mimir_shared.snapshot import write_snapshot
 from mimir_shared.storage import LocalStorage
+from mimir_train.cache_reader import Cache
 from mimir_train.commands import RunRequest, build_config
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import Document, nest, overlay, train_config
@@ -225,6 +226,13 @@ def resumed_config(run: Path, resume: str = "latest", **settings: object) -> Tra
     return build_config(
         RunRequest(preset=None, output_dir=run, config_file=None, assignments=(), flags=flags, resume=resume)
     )
+
+
+def place_of(cache: Cache, number: int, feature: str = "t5") -> tuple[Path, int]:
+    """Where the first byte of a feature of a clip lies."""
+    tensor = cache.column(feature).tensors[0]  # type: ignore[arg-type]
+    files = cache.snapshot.features[feature].files  # type: ignore[index]
+    return Path(cache.storage.root) / files[int(tensor.file[number])], int(tensor.offset[number]) + 1
 
 
 @contextmanager

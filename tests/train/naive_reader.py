@@ -11,13 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import zarr
 from safetensors.torch import load
 from torch import Tensor
 
+Samples = dict[str, dict[str, Tensor]]
+"""key → name → tensor"""
 
-def read_cache(root: Path) -> dict[str, dict[str, Tensor]]:
-    """key → name → tensor, of every sample that lies in the tars of a cache."""
-    found: dict[str, dict[str, Tensor]] = {}
+
+def read_cache(root: Path) -> Samples:
+    """Every sample that lies in the tars or zarr groups of a cache."""
+    found: Samples = {}
+    for path in sorted(root.glob("*/*/data/*.zarr")):
+        group = zarr.open_group(path, mode="r")
+        for part in (group, *(child for _, child in group.groups())):
+            _read_zarr_group(part, found)
     for path in sorted(root.glob("*/*/data/*.tar")):
         with tarfile.open(path) as tar:
             members = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}  # type: ignore[union-attr]
@@ -27,6 +35,22 @@ def read_cache(root: Path) -> dict[str, dict[str, Tensor]]:
                 tensors = members.get(name.removesuffix(".json") + ".safetensors")
                 found.setdefault(key, {}).update(load(tensors) if tensors else {})
     return found
+
+
+def _read_zarr_group(group: zarr.Group, found: Samples) -> None:
+    """The arrays of one group; its attribute `keys` names the clips, in order."""
+    names = [name for name, _ in group.arrays()]
+    for name in names:
+        if name in ("rows", "documents") or name.endswith("_lengths"):
+            continue
+        array = group[name]
+        values = np.asarray(array[:])
+        lengths = np.asarray(group[f"{name}_lengths"][:]) if f"{name}_lengths" in names else None
+        for row, key in enumerate(group.attrs["keys"]):
+            own = values[row] if lengths is None else values[row, : lengths[row]]
+            tensor = torch.from_numpy(own.copy())
+            is_bf16 = array.attrs.get("dtype") in ("bf16", "bfloat16")
+            found.setdefault(key, {})[name] = tensor.view(torch.bfloat16) if is_bf16 else tensor
 
 
 def stack(tensors: list[Tensor], num_rows: int | None = None) -> Tensor:

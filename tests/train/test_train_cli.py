@@ -1,10 +1,12 @@
 """The program `mimir-train`: help in a blink, one clear line with the right exit code, stop and go on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from mimir_train.cache_reader import open_cache
 from mimir_train.checkpoint import find_checkpoint
 from mimir_train.order import TrainingOrder
 from tests.programs import environment
-from tests.train.caches import VIDEO, build_cache
+from tests.train.caches import VIDEO, build_cache, make_feature, place_of
 
 SMALL = [
     "--set", "model.transformer.num_attention_heads=2", "--set", "model.transformer.attention_head_dim=16",
@@ -165,6 +167,65 @@ def test_an_unfinished_cache_exits_2_naming_the_command(tmp_path: Path, capfd: p
     code, _, err = call(capfd, "run", "--cache", cache, "--preset", "tiny", "--output-dir", tmp_path / "run")
     assert code == 2
     assert f"mimir-precompute encode --cache {cache} --shards all" in err
+
+
+def flip_a_byte(cache: Path) -> str:
+    path, position = place_of(open_cache(str(cache)), 8)
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+    return f"{path}: `t5` of clip '{VIDEO}-008' (shard 1, row 0, source {VIDEO}-008.mp4): its "
+
+
+def remove_a_shard(cache: Path) -> str:
+    (path,) = cache.glob("latents/*/data/000002-*.tar")
+    path.unlink()
+    return f"{path}: `latents` of clip "
+
+
+def exchange_a_record(cache: Path) -> str:
+    other = build_cache(cache.parent / "other", replace={(f"{VIDEO}-000", "t5"): make_feature("t5", "other", VIDEO)})
+    (record,) = cache.glob("t5/*/manifests/000000.0.parquet")
+    (changed,) = other.glob("t5/*/manifests/000000.0.parquet")
+    shutil.copy(changed, record)
+    return f"{record}: its seal is "
+
+
+def exchange_the_plan(cache: Path) -> str:
+    other = build_cache(cache.parent / "other", {VIDEO: 3})
+    shutil.copy(other / "plan/0000.parquet", cache / "plan/0000.parquet")
+    return f"{cache}/plan/0000.parquet: is the plan "
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, remove_a_shard, exchange_a_record, exchange_the_plan])
+def test_a_damaged_cache_exits_4_naming_file_and_clip(
+    small_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], str]
+) -> None:
+    cache = Path(shutil.copytree(small_cache, tmp_path / "copy"))
+    told = damage(cache)
+    arguments = ["--preset", "tiny", "--output-dir", tmp_path / "run", "--max-train-steps", 6]
+    code, _, err = call(capfd, "run", "--cache", cache, *arguments, *SMALL)
+    assert code == 4, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {told}")
+    assert "mimir-precompute" in line  # what to do now
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_stand_ins_are_asked_for_by_an_option(
+    small_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = Path(shutil.copytree(small_cache, tmp_path / "copy"))
+    flip_a_byte(cache)
+    arguments = ["--cache", cache, "--preset", "tiny", "--output-dir", tmp_path / "run", "--max-train-steps", 6]
+    code, _, err = call(capfd, "run", *arguments, *SMALL, "--on-bad-sample", "substitute")
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in lines} == {f"{VIDEO}-008"}
+    assert sorted({line["step"] // 3 for line in lines}) == [0, 1]  # in every epoch
+    code, _, err = call(capfd, "run", *arguments, "--on-bad-sample", "skip")
+    assert code == 2
+    assert "expected one of error, substitute" in err
 
 
 def test_order_refuses_what_run_refuses(small_cache: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,13 @@ be told among ranks, how many stand-ins were tried; who they were, every rank wo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_train.cache_reader import Cache
+from mimir_train.metrics import JsonLines
 from mimir_train.order import TrainingOrder
 
 MAX_ATTEMPTS: Final = 100
@@ -68,21 +70,41 @@ def find_bad_samples(cache: Cache, order: TrainingOrder, step: int, attempts: Se
     ]
 
 
-@dataclass
-class BadSampleCount:
-    """Counts over a run, since its process began; the same on every rank."""
+class BadSampleLog:
+    """Finds, counts and writes down the bad clips of a run. Every rank has one and judges alike; the first writes."""
 
-    max_share: float
-    bad: int = 0
-    read: int = 0
+    def __init__(
+        self, cache: Cache, order: TrainingOrder, *, max_share: float, path: Path | None = None, first_step: int = 0
+    ) -> None:
+        """
+        Args:
+            max_share: of all clips read since the process began.
+            path: of bad_samples.jsonl, one object a bad clip; None on ranks that do not write.
+            first_step: lines of this step and later ones are dropped, for they are trained again.
+        """
+        self._cache = cache
+        self._order = order
+        self._max_share = max_share
+        self._bad = 0
+        self._read = 0
+        self._lines = JsonLines(path, first_step) if path is not None else None
 
-    def add(self, found: Sequence[BadSample], global_batch_size: int) -> None:
-        """Count a step. Raises CacheError where there are too many, naming the last."""
-        self.read += global_batch_size
-        self.bad += len(found)
-        if found and self.bad > max(ALWAYS_ALLOWED, self.max_share * self.read):
+    def note(self, step: int, attempts: Sequence[int]) -> int:
+        """Write down the bad clips of a step; returns how many. Raises CacheError where there were too many by now."""
+        self._read += len(attempts)
+        found = find_bad_samples(self._cache, self._order, step, attempts)
+        self._bad += len(found)
+        for sample in found:
+            if self._lines is not None:
+                self._lines.add(sample.figures())
+        if found and self._bad > max(ALWAYS_ALLOWED, self._max_share * self._read):
             raise CacheError(
-                f"step {found[-1].step}: {self.bad} of {self.read} clips could not be read, the last "
-                f"{found[-1].bad}; more than {ALWAYS_ALLOWED} and more than data.max_bad_share, {self.max_share:g}: "
-                f"the cache is damaged, see `mimir-precompute verify`"
+                f"step {step}: {self._bad} of {self._read} clips could not be read, the last {found[-1].bad}; that is "
+                f"more than {ALWAYS_ALLOWED} and more than data.max_bad_share, {self._max_share:g}: the cache is "
+                f"damaged, see `mimir-precompute verify {self._cache.storage.root}`"
             )
+        return len(found)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()

@@ -55,6 +55,9 @@ def run(
     validation_shards: ValidationShardsOption = None,
     verify_reads: Annotated[str | None, typer.Option(help="always, first-epoch or never.", show_default=False,
                                                      rich_help_panel=_DATA)] = None,
+    on_bad_sample: Annotated[str | None, typer.Option(help="A clip that cannot be read: error, or substitute another "
+                                                      "(at most 1 %, in RUN/bad_samples.jsonl).", show_default=False,
+                                                      rich_help_panel=_DATA)] = None,
     empty_text: Annotated[str | None, typer.Option(help="What dropped text becomes: zeros or cached (empty prompt).",
                                                    show_default=False, rich_help_panel=_DATA)] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Folder on a near disk that keeps what is read from a bucket.",
@@ -113,6 +116,7 @@ def run(
                 "data.micro_batch_size": micro_batch_size,
                 "data.validation_shards": validation_shards,
                 "data.verify_reads": verify_reads,
+                "data.on_bad_sample": on_bad_sample,
                 "data.empty_text": empty_text,
                 "data.local_cache_dir": cache_dir,
                 "data.local_cache_gb": cache_dir_gb,

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from mimir_train.bad_samples import BadSampleLog
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
 from mimir_train.checkpoint import remove_old_checkpoints, save_checkpoint
@@ -31,7 +32,7 @@ from mimir_train.optimizer import build_optimizer, optimizer_tensors, rate_facto
 from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
-from mimir_train.run_folder import RunFolder, open_run
+from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
 from mimir_train.step_reader import ReadOptions
 from mimir_train.step_report import RankReport, StepReport, exchange, refuse_non_finite
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
@@ -78,7 +79,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
             run.write_config(fitted.config)
 
         checkpoint = None
-        with open_metrics(
+        with closing(open_bad_samples(trainer, run, first_step)) as bad_samples, open_metrics(
             run.path, config.run.report_to, console, first_step=first_step, last_step=last_step,
             is_first=parallel.is_first,
         ) as sinks:  # fmt: skip
@@ -91,14 +92,21 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 grad_norm = clip_gradients(trainer)
                 report = exchange(
                     parallel,
-                    RankReport(clip_losses=clip_losses, grad_norm=grad_norm, stop_requested=stop.requested),
+                    RankReport(
+                        clip_losses=clip_losses,
+                        attempts=batch.attempts,
+                        grad_norm=grad_norm,
+                        stop_requested=stop.requested,
+                    ),
                 )
+                num_bad = bad_samples.note(batch.step, report.attempts)
                 refuse_non_finite(report, batch.step, partial(clips_of_step, cache, order, batch.step))
                 trainer.optimizer.step()
                 trainer.optimizer.zero_grad(set_to_none=True)
 
                 steps_done = batch.step + 1
                 figures = step_figures(batch, report, rates, time.perf_counter() - started, data_wait_s)
+                figures |= {"bad_samples": num_bad} if num_bad else {}
                 if batch.step % config.run.fuser_figures_steps == 0:
                     figures |= fuser_figures(trainer, batch)
                 if trainer.validation is not None and is_due(steps_done, config.run.validation_steps, last_step):
@@ -190,6 +198,14 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, paralle
         loader=loader,
         validation=validation,
     )
+
+
+def open_bad_samples(trainer: Trainer, run: RunFolder, first_step: int) -> BadSampleLog:
+    """Where clips that could not be read are written down; the file is there only if others may stand in."""
+    data = trainer.fitted.config.data
+    writes = trainer.parallel.is_first and data.on_bad_sample == "substitute"
+    path = run.path / BAD_SAMPLES_NAME if writes else None
+    return BadSampleLog(trainer.cache, trainer.order, max_share=data.max_bad_share, path=path, first_step=first_step)
 
 
 def build_transformer(fitted: FittedRun) -> DiT:

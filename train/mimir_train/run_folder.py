@@ -1,6 +1,6 @@
 """RUN: the folder of one training, and the place in it from which a run starts or goes on.
 
-config.yaml   metrics.jsonl   tensorboard/   checkpoints/step-00000020/
+config.yaml   metrics.jsonl   bad_samples.jsonl   tensorboard/   checkpoints/step-00000020/
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from mimir_train.config_document import (
 
 CONFIG_NAME: Final = "config.yaml"
 METRICS_NAME: Final = "metrics.jsonl"
+BAD_SAMPLES_NAME: Final = "bad_samples.jsonl"
 TENSORBOARD_NAME: Final = "tensorboard"
 
 

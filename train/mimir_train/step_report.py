@@ -20,6 +20,8 @@ class RankReport:
     """One rank's step."""
 
     clip_losses: tuple[float, ...]
+    attempts: tuple[int, ...]
+    """How many stand-ins each clip took; zeros, unless clips could not be read."""
     grad_norm: float
     """Of the gradient averaged over ranks, before it was clipped."""
     stop_requested: bool
@@ -42,28 +44,42 @@ class StepReport:
         return self.ranks[0].grad_norm
 
     @property
+    def attempts(self) -> tuple[int, ...]:
+        """Of every position of the global batch."""
+        return tuple(attempts for rank in self.ranks for attempts in rank.attempts)
+
+    @property
     def stop_requested(self) -> bool:
         return any(rank.stop_requested for rank in self.ranks)
 
 
 def exchange(parallel: Parallel, own: RankReport) -> StepReport:
     """Tell all ranks of this rank's step, and learn of theirs."""
-    rows = parallel.gather([*own.clip_losses, own.grad_norm, float(own.stop_requested)])
+    count = len(own.clip_losses)
+    rows = parallel.gather([*own.clip_losses, *own.attempts, own.grad_norm, float(own.stop_requested)])
     return StepReport(
-        tuple(RankReport(clip_losses=tuple(row[:-2]), grad_norm=row[-2], stop_requested=row[-1] > 0) for row in rows)
+        tuple(
+            RankReport(
+                clip_losses=tuple(row[:count]),
+                attempts=tuple(int(value) for value in row[count:-2]),
+                grad_norm=row[-2],
+                stop_requested=row[-1] > 0,
+            )
+            for row in rows
+        )
     )
 
 
-def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[], Sequence[Clip]]) -> None:
+def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[Sequence[int]], Sequence[Clip]]) -> None:
     """Raise NonFiniteLossError naming step, rank and clips where a loss or the gradient's norm is not finite.
 
     Args:
-        find_clips: gives the clips of the global batch, by position.
+        find_clips: gives the clips of the global batch, by position, from how many stand-ins each took.
     """
     finite = all(math.isfinite(x) for rank in report.ranks for x in (*rank.clip_losses, rank.grad_norm))
     if finite:
         return
-    clips = find_clips()
+    clips = find_clips(report.attempts)
     share = len(clips) // len(report.ranks)
     advice = (
         "stopped before the optimizer's step, so the last checkpoint is good. Look at the clips with `mimir-precompute "
