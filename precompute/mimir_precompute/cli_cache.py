@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute.cli_options import Json, ReadableCache
+from mimir_precompute.cli_options import CacheArgument, Json, ReadableCache
 from mimir_shared.command_line import echo
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (status, verify, quarantine, finalize, report, inspect, diff, convert):
+    for command in (status, quarantine, finalize, report, inspect, diff, convert):
         app.command()(command)
 
 
@@ -27,18 +27,6 @@ def status(cache: ReadableCache, as_json: Json = False) -> None:
 
     found = read_status(open_storage(cache))
     echo(json.dumps(found.to_json()) if as_json else describe_status(cache, found))
-
-
-def verify(cache: ReadableCache, as_json: Json = False) -> None:
-    """Read everything again and say what is wrong; exit code 4 if something is."""
-    from mimir_precompute.messages import describe_verification
-    from mimir_precompute.verify import verify_cache
-    from mimir_shared.open_storage import open_storage
-
-    report = verify_cache(open_storage(cache))
-    echo(json.dumps(report.to_json()) if as_json else describe_verification(cache, report))
-    if not report.ok:
-        raise typer.Exit(4)
 
 
 def quarantine(

@@ -3,6 +3,7 @@
 Nothing heavy is imported up here.
 """
 
+import json
 from typing import Annotated
 
 import typer
@@ -19,11 +20,16 @@ from mimir_precompute.cli_options import (
     DtypeOption,
     InstructionPoolingOption,
     InstructionsOption,
+    Json,
     LatentsOption,
+    LlmEngineOption,
     LlmLayerOption,
+    LlmMemoryShareOption,
     LlmOption,
+    LlmTensorParallelOption,
     MaxQuarantinedOption,
     ModelsOption,
+    ReadableCache,
     T5Option,
     T5RowsOption,
     VaeEngineOption,
@@ -35,7 +41,78 @@ from mimir_shared.command_line import echo
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command()(retry)
+    for command in (verify, retry):
+        app.command()(command)
+
+
+def verify(
+    cache: ReadableCache,
+    repair: Annotated[bool, typer.Option("--repair", help="Encode what is damaged again, as the next generation of its "
+                                         "shards, with the models and settings that made the cache; copy the rest.")]
+    = False,
+    models: ModelsOption = None,
+    vae: VaeOption = None,
+    t5: T5Option = None,
+    llm: LlmOption = None,
+    dtype: DtypeOption = None,
+    latents: LatentsOption = "moments",
+    vae_tiling: VaeTilingOption = False,
+    vae_engine: VaeEngineOption = "fast",
+    t5_rows: T5RowsOption = "all",
+    answer_variants: AnswerVariantsOption = 1,
+    llm_engine: LlmEngineOption = "auto",
+    llm_tensor_parallel: LlmTensorParallelOption = 1,
+    llm_memory_share: LlmMemoryShareOption = 0.9,
+    instructions: InstructionsOption = None,
+    llm_layer: LlmLayerOption = "last",
+    instruction_pooling: InstructionPoolingOption = "mean",
+    device: DeviceOption = "auto",
+    decode_workers: DecodeWorkersOption = 2,
+    decode_timeout_s: DecodeTimeoutOption = 60,
+    decode_memory_gb: DecodeMemoryOption = 4,
+    max_quarantined: MaxQuarantinedOption = 0.01,
+    accept_quarantine: AcceptQuarantineOption = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Read everything again and say what is wrong; exit code 4 if something is."""
+    from mimir_precompute.commands_remake import RemakeRequest, run_verify
+    from mimir_precompute.config import DecodeLimits
+    from mimir_precompute.messages import describe_repair, describe_verification
+    from mimir_precompute.model_options import ModelOptions
+
+    request = RemakeRequest(
+        cache=cache,
+        models=ModelOptions(
+            models=models,
+            vae=vae,
+            t5=t5,
+            llm=llm,
+            dtype=dtype,
+            stored_latents=latents,
+            vae_tiling=vae_tiling,
+            vae_engine=vae_engine,
+            t5_rows=t5_rows,
+            answer_variants=answer_variants,
+            llm_engine=llm_engine,
+            llm_tensor_parallel=llm_tensor_parallel,
+            llm_memory_share=llm_memory_share,
+            instructions=instructions,
+            llm_layer=llm_layer,
+            instruction_pooling=instruction_pooling,
+            device=device,
+        ),
+        decode_workers=decode_workers,
+        decode_limits=DecodeLimits(timeout_s=decode_timeout_s, memory_gb=decode_memory_gb),
+        max_quarantined=max_quarantined,
+        accept_quarantine=accept_quarantine,
+    )
+    report, repaired = run_verify(request, repair=repair)
+    if as_json:
+        echo(json.dumps(report.to_json() if repaired is None else repaired.to_json()))
+    else:
+        echo(describe_verification(cache, report) if repaired is None else describe_repair(cache, repaired))
+    if not (report.ok if repaired is None else repaired.ok):
+        raise typer.Exit(4)
 
 
 def retry(
@@ -58,6 +135,9 @@ def retry(
     vae_engine: VaeEngineOption = "fast",
     t5_rows: T5RowsOption = "all",
     answer_variants: AnswerVariantsOption = 1,
+    llm_engine: LlmEngineOption = "auto",
+    llm_tensor_parallel: LlmTensorParallelOption = 1,
+    llm_memory_share: LlmMemoryShareOption = 0.9,
     instructions: InstructionsOption = None,
     llm_layer: LlmLayerOption = "last",
     instruction_pooling: InstructionPoolingOption = "mean",
@@ -89,6 +169,9 @@ def retry(
             vae_engine=vae_engine,
             t5_rows=t5_rows,
             answer_variants=answer_variants,
+            llm_engine=llm_engine,
+            llm_tensor_parallel=llm_tensor_parallel,
+            llm_memory_share=llm_memory_share,
             instructions=instructions,
             llm_layer=llm_layer,
             instruction_pooling=instruction_pooling,

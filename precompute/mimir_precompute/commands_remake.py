@@ -1,18 +1,25 @@
 """From the options of the commands that make shards again, checked, to one call of the work."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from mimir_precompute.clips import ClipDecoder
 from mimir_precompute.commands import open_encoders
 from mimir_precompute.config import DecodeLimits
 from mimir_precompute.device import choose_device
+from mimir_precompute.messages import describe_verification
 from mimir_precompute.model_options import ModelOptions
 from mimir_precompute.pipeline import EncodeJob
+from mimir_precompute.progress import Progress
+from mimir_precompute.provenance import RunLog
 from mimir_precompute.remake import Remaking
-from mimir_precompute.retry import RetryChoice, RetryOutcome, retry_clips
+from mimir_precompute.repair import RepairOutcome, repair_cache
+from mimir_precompute.retry import JobMaker, RetryChoice, RetryOutcome, retry_clips
 from mimir_precompute.termination import working_on
+from mimir_precompute.verify import VerifyReport, verify_cache
 from mimir_shared.features import FeatureName
+from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan
 from mimir_shared.storage import LocalStorage, open_folder
 
@@ -31,9 +38,23 @@ class RemakeRequest:
 
 def run_retry(request: RemakeRequest, choice: RetryChoice) -> RetryOutcome:
     """Try quarantined clips again with the models that were asked for."""
+    with _opened(request) as (storage, make_job, progress, log):
+        return retry_clips(storage, choice, make_job, progress, log)
+
+
+def run_verify(request: RemakeRequest, *, repair: bool) -> tuple[VerifyReport, RepairOutcome | None]:
+    """Verify a cache and, if asked to and there is something, mend it."""
+    report = verify_cache(open_storage(request.cache))
+    if not repair or report.ok:
+        return report, None
+    with _opened(request) as (storage, make_job, progress, log):
+        progress.say(describe_verification(request.cache, report))
+        return report, repair_cache(storage, report, make_job, progress, log)
+
+
+@contextmanager
+def _opened(request: RemakeRequest) -> Iterator[tuple[LocalStorage, JobMaker, Progress, RunLog]]:
     from mimir_precompute.decode_sandbox import DecodeSandbox
-    from mimir_precompute.progress import Progress
-    from mimir_precompute.provenance import RunLog
 
     device = choose_device(request.models.device)
     storage = open_folder(request.cache)
@@ -44,7 +65,7 @@ def run_retry(request: RemakeRequest, choice: RetryChoice) -> RetryOutcome:
         return remake_job(request, storage, plan, features, remaking, decoder)
 
     with working_on(storage), closing(decoder):
-        return retry_clips(storage, choice, make_job, Progress(), RunLog(storage, device))
+        yield storage, make_job, Progress(), RunLog(storage, device)
 
 
 def remake_job(

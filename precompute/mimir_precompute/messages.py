@@ -11,9 +11,10 @@ from mimir_precompute.merge import MergeOutcome
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
 from mimir_precompute.quarantine import QuarantinedClip
+from mimir_precompute.repair import RepairOutcome
 from mimir_precompute.retry import RetryOutcome
 from mimir_precompute.status import CacheStatus
-from mimir_precompute.verify import VerifyReport
+from mimir_precompute.verify import Problem, VerifyReport
 from mimir_shared.features import FEATURES
 
 _LEDGER_LINES = 50
@@ -116,11 +117,7 @@ def describe_verification(cache: str, report: VerifyReport) -> str:
         f"{cache}: {report.shards} shards, {report.samples} samples, {report.bytes / 1e6:.1f} MB read; "
         f"{'all is well' if report.ok else f'{len(report.problems)} problems'}"
     ]
-    for problem in report.problems[:50]:
-        place = "/".join(str(part) for part in (problem.feature, problem.shard, problem.row) if part not in (None, ""))
-        lines.append(f"  {problem.kind} {place}: {problem.detail}")
-    if len(report.problems) > 50:
-        lines.append(f"  … and {len(report.problems) - 50} more (--json has all)")
+    lines += _describe_problems(report.problems)
     for name, count in report.unfinished.items():
         lines.append(f"  not finished: {count} shards of {name} are not encoded yet")
     return "\n".join(lines)
@@ -146,6 +143,32 @@ def describe_merge(out: str, outcome: MergeOutcome) -> str:
         f"{out}: {outcome.tars} tars written, {outcome.nbytes / 1e6:.1f} MB{before}; {outcome.clips} clips with all "
         f"features in one sample each. It is an export: `verify` and `encode` work on the cache itself"
     )
+
+
+def _describe_problems(problems: Sequence[Problem]) -> list[str]:
+    lines = []
+    for problem in problems[:50]:
+        place = "/".join(str(part) for part in (problem.feature, problem.shard, problem.row) if part not in (None, ""))
+        lines.append(f"  {problem.kind} {place}: {problem.detail}")
+    if len(problems) > 50:
+        lines.append(f"  … and {len(problems) - 50} more (--json has all)")
+    return lines
+
+
+def describe_repair(cache: str, outcome: RepairOutcome) -> str:
+    """What `verify --repair` did, and what it could not do."""
+    lines = [
+        f"{cache}: {len(outcome.found.problems)} problems, {len(outcome.remaining)} are left; {outcome.shards_made} "
+        f"shards made again as their next generation, {outcome.encoded} clips encoded, {outcome.copied} copied"
+    ]
+    lines += _describe_problems(outcome.remaining)
+    lines += [f"  {name} could not be read and was taken away" for name in outcome.lost_snapshots]
+    if outcome.snapshot is not None:
+        lines.append(
+            f"snapshot {outcome.snapshot.digest[:12]} with {outcome.snapshot.clips} clips; older snapshots still name "
+            f"the damaged generation: let training take the new one"
+        )
+    return "\n".join(lines)
 
 
 def describe_inspection(described: dict[str, Any]) -> str:

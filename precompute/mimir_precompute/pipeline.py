@@ -4,7 +4,7 @@ The unit of work and of commit is one shard of one feature. A shard whose commit
 made again; everything else may be killed at any moment and started again by the same command.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -165,16 +165,13 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
 def open_features(job: EncodeJob) -> dict[FeatureName, FeatureSpec]:
     """Compare what is asked for with what the cache holds, before any model loads; then write new specs."""
     specs: dict[FeatureName, FeatureSpec] = {}
-    for feature in FEATURES:
-        if feature in job.features or any(feature in DEPENDENCIES[wanted] for wanted in job.features):
-            dependencies = {name: specs[name].identity for name in DEPENDENCIES[feature]}
-            identity = job.encoders.identity(feature, dependencies)
-            digest = fingerprint(identity)
-            data_format = choose_format(job.storage, feature, digest, job.data_format)
-            spec = FeatureSpec(feature=feature, fingerprint=digest, format=data_format, identity=identity)
-            if job.on_mismatch == "error":
-                refuse_other_identity(job.storage, spec)
-            specs[feature] = spec
+    for feature, identity in asked_identities(job.encoders, job.features).items():
+        digest = fingerprint(identity)
+        data_format = choose_format(job.storage, feature, digest, job.data_format)
+        spec = FeatureSpec(feature=feature, fingerprint=digest, format=data_format, identity=identity)
+        if job.on_mismatch == "error":
+            refuse_other_identity(job.storage, spec)
+        specs[feature] = spec
     for feature in job.features:
         spec = specs[feature]
         name = spec_name(feature, spec.fingerprint)
@@ -184,6 +181,17 @@ def open_features(job: EncodeJob) -> dict[FeatureName, FeatureSpec]:
         specs[feature] = FeatureFolder(job.storage, feature, spec.fingerprint).read_spec()
         refuse_other_format(job.storage, specs[feature], job.data_format)
     return specs
+
+
+def asked_identities(
+    encoders: EncoderSource, features: Collection[FeatureName]
+) -> dict[FeatureName, dict[str, JsonValue]]:
+    """What would make some features, and those that they build on."""
+    identities: dict[FeatureName, dict[str, JsonValue]] = {}
+    for feature in FEATURES:
+        if feature in features or any(feature in DEPENDENCIES[wanted] for wanted in features):
+            identities[feature] = encoders.identity(feature, {name: identities[name] for name in DEPENDENCIES[feature]})
+    return identities
 
 
 def refuse_other_identity(storage: LocalStorage, spec: FeatureSpec) -> None:

@@ -1,21 +1,23 @@
 """Reads a whole cache again and says everything that is wrong with it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.remake import answers_of, outdated_rows
 from mimir_precompute.shard_writer import caption_hash, check_tensors
-from mimir_shared.errors import CacheError
+from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
-from mimir_shared.layout import empty_name
+from mimir_shared.features import FEATURES
+from mimir_shared.layout import empty_name, feature_directory, spec_name
 from mimir_shared.manifest import CommitRecord, DataFile, SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.sealed import check_sealed_tensors, read_sealed_json
 from mimir_shared.shard_files import ShardFiles
-from mimir_shared.snapshot import list_snapshots, read_index
+from mimir_shared.snapshot import list_snapshots, read_index, readable_snapshots
 from mimir_shared.storage_protocol import Storage
 from mimir_shared.stored_file import open_stored_file
 
@@ -28,8 +30,10 @@ class Problem:
     shard: int | None
     row: int | None
     kind: str
-    """missing, length, sha256, record, spec, plan, law, sample, tensor, empty, snapshot"""
+    """missing, length, sha256, record, spec, plan, law, order, outdated, sample, tensor, empty, snapshot"""
     detail: str
+    fingerprint: str = ""
+    """First 12 digits, of the feature's folder."""
 
 
 @dataclass(kw_only=True)
@@ -63,24 +67,42 @@ def verify_cache(storage: Storage) -> VerifyReport:
     """
     plan = read_plan(storage)
     report = VerifyReport()
-    for folder in find_features(storage):
-        try:
-            spec = folder.read_spec()
-        except CacheError as fault:
-            _add(report, folder, None, "spec", str(fault))
-            continue
-        report.problems += _check_empty(folder, spec)
-        _check_feature(plan, folder, spec, report)
-    report.problems += _check_snapshots(storage)
+    folders = find_features(storage)
+    for folder in folders:
+        verify_feature(plan, folder, folders, report)
+    report.problems += _find_lost_specs(storage)
+    report.problems += find_lost_records(storage)
+    report.problems += check_snapshots(storage)
     return report
 
 
-def _check_feature(plan: Plan, folder: FeatureFolder, spec: FeatureSpec, report: VerifyReport) -> None:
+def verify_feature(
+    plan: Plan,
+    folder: FeatureFolder,
+    folders: Sequence[FeatureFolder],
+    report: VerifyReport,
+    shards: Collection[int] | None = None,
+) -> None:
+    """Check one feature and add what is found to a report.
+
+    Args:
+        folders: all of the cache: `llm` is checked against the answers that it was made from.
+        shards: check these alone, of those that are committed; None: all.
+    """
+    try:
+        spec = folder.read_spec()
+    except CacheError as fault:
+        _add(report, folder, None, "spec", str(fault))
+        return
+    report.problems += _check_empty(folder)
+    answers = answers_of(folder, folders)
     generations = folder.generations()
     missing = plan.num_shards - sum(shard < plan.num_shards for shard in generations)
-    if missing:
+    if missing and shards is None:
         report.unfinished[f"{folder.feature}/{folder.fingerprint[:12]}"] = missing
     for shard, generation in sorted(generations.items()):
+        if shards is not None and shard not in shards:
+            continue
         report.shards += 1
         try:
             record = folder.read_record(shard, generation)
@@ -88,13 +110,77 @@ def _check_feature(plan: Plan, folder: FeatureFolder, spec: FeatureSpec, report:
             _add(report, folder, shard, "record", str(fault))
             continue
         report.problems += _check_law(plan, folder, record)
+        report.problems += _check_order(folder, record)
+        if answers is not None and shard < plan.num_shards:
+            report.problems += _check_answers(answers, folder, record)
         if _check_files(folder, record, report):
             report.problems += _check_samples(folder, spec, record)
         report.samples += record.metadata.ok
 
 
+def _find_lost_specs(storage: Storage) -> Iterator[Problem]:
+    """Folders with commit records that no spec explains, so that nobody finds them."""
+    for feature in FEATURES:
+        for name in storage.list(feature):
+            if not storage.exists(spec_name(feature, name)) and storage.list(
+                f"{feature_directory(feature, name)}/manifests"
+            ):
+                folder = FeatureFolder(storage, feature, name)
+                yield _problem(
+                    folder, None, "spec", f"{spec_name(feature, name)}: missing, though shards are committed"
+                )
+
+
+def find_lost_records(storage: Storage) -> Iterator[Problem]:
+    """Commit records that a snapshot names and the cache has no more; else they would pass for work to be done."""
+    seen = set()
+    for snapshot in readable_snapshots(storage):
+        for feature, one in snapshot.features.items():
+            folder = FeatureFolder(storage, feature, one.fingerprint)
+            for shard, generation, _ in one.records:
+                name = folder.record_path(shard, generation)
+                if name not in seen and not storage.exists(name):
+                    yield _problem(folder, shard, "record", f"{name}: missing, though {snapshot.directory} names it")
+                seen.add(name)
+
+
+def _problem(folder: FeatureFolder, shard: int | None, kind: str, detail: str, row: int | None = None) -> Problem:
+    place = {"feature": folder.feature, "fingerprint": folder.fingerprint[:12]}
+    return Problem(**place, shard=shard, row=row, kind=kind, detail=detail)
+
+
 def _add(report: VerifyReport, folder: FeatureFolder, shard: int | None, kind: str, detail: str) -> None:
-    report.problems.append(Problem(feature=folder.feature, shard=shard, row=None, kind=kind, detail=detail))
+    report.problems.append(_problem(folder, shard, kind, detail))
+
+
+def _check_order(folder: FeatureFolder, record: CommitRecord) -> Iterator[Problem]:
+    """Rows are numbered from 0 on, and in every file the samples lie in row order and apart."""
+    ends: dict[int, int] = {}
+    for number, sample in enumerate(record.samples):
+        stored = sample.stored
+        places = [] if stored is None else [(stored.json_file, stored.json_offset, stored.json_nbytes)]
+        places += [] if stored is None else [(place.file, place.offset, place.nbytes) for place in stored.tensors]
+        if sample.row != number:
+            yield _problem(folder, record.metadata.shard, "order", f"row {sample.row} stands at place {number}", number)
+        for file, offset, nbytes in places:
+            if offset < ends.get(file, 0):
+                detail = (
+                    f"{sample.key!r} begins at byte {offset} of file {file}, before the end of the sample before it"
+                )
+                yield _problem(folder, record.metadata.shard, "order", detail, sample.row)
+            ends[file] = offset + nbytes
+
+
+def _check_answers(answers: FeatureFolder, folder: FeatureFolder, record: CommitRecord) -> Iterator[Problem]:
+    shard = record.metadata.shard
+    generation = answers.generations().get(shard)
+    if generation is not None:
+        try:
+            rows = outdated_rows(record, answers.read_record(shard, generation))
+        except CacheError:
+            return  # told where `answers` is checked
+        for row in sorted(rows):
+            yield _problem(folder, shard, "outdated", "made from other answers than the cache has now", row)
 
 
 def _check_law(plan: Plan, folder: FeatureFolder, record: CommitRecord) -> Iterator[Problem]:
@@ -102,7 +188,7 @@ def _check_law(plan: Plan, folder: FeatureFolder, record: CommitRecord) -> Itera
     shard = record.metadata.shard
 
     def problem(kind: str, detail: str, row: int | None = None) -> Problem:
-        return Problem(feature=folder.feature, shard=shard, row=row, kind=kind, detail=detail)
+        return _problem(folder, shard, kind, detail, row)
 
     if shard >= plan.num_shards:
         yield problem("plan", f"the plan has shards 0 to {plan.num_shards - 1}")
@@ -155,34 +241,34 @@ def _check_samples(folder: FeatureFolder, spec: FeatureSpec, record: CommitRecor
     files = folder.open_shard(record)
     for sample in record.samples:
         if sample.stored is not None:
-            found = _check_sample(files, spec, sample)
+            found = check_sample(files, spec, sample)
             if found is not None:
-                kind, detail = found
-                yield Problem(feature=folder.feature, shard=shard, row=sample.row, kind=kind, detail=detail)
+                yield _problem(folder, shard, *found, sample.row)
 
 
-def _check_sample(files: ShardFiles, spec: FeatureSpec, sample: SampleRecord) -> tuple[str, str] | None:
+def check_sample(files: ShardFiles, spec: FeatureSpec, sample: SampleRecord) -> tuple[str, str] | None:
+    """What is wrong with one good sample's bytes, or with what they hold: (kind, detail)."""
     try:
         document = files.read_document(sample)
         tensors = files.read_tensors(sample)
         if document.get("key") != sample.key:
             return "sample", f"{sample.key!r}: its text is of {document.get('key')!r}"
         check_tensors(tensors, spec.tensor_specs(sample.bucket or ""))
-    except (CacheError, ValueError) as fault:
+    except (CacheError, MachineError, ValueError) as fault:
         return "sample", str(fault)
     except ClipRejected as rejection:
         return "tensor", f"{sample.key!r}: {rejection.detail}"
     return None
 
 
-def _check_empty(folder: FeatureFolder, spec: FeatureSpec) -> Iterator[Problem]:
+def _check_empty(folder: FeatureFolder) -> Iterator[Problem]:
     name = empty_name(folder.feature, folder.fingerprint)
     if folder.feature == "latents":
         return
     if not folder.storage.exists(name):
         if folder.generations():
             detail = f"{name} is missing, though shards are committed"
-            yield Problem(feature=folder.feature, shard=None, row=None, kind="empty", detail=detail)
+            yield _problem(folder, None, "empty", detail)
         return
     try:
         data = folder.storage.read(name)
@@ -191,10 +277,11 @@ def _check_empty(folder: FeatureFolder, spec: FeatureSpec) -> Iterator[Problem]:
         else:
             check_sealed_tensors(data, name)
     except CacheError as fault:
-        yield Problem(feature=folder.feature, shard=None, row=None, kind="empty", detail=str(fault))
+        yield _problem(folder, None, "empty", str(fault))
 
 
-def _check_snapshots(storage: Storage) -> Iterator[Problem]:
+def check_snapshots(storage: Storage) -> Iterator[Problem]:
+    """Every snapshot parses, and its index is the one that it names. Ends at the first that does not."""
     try:
         for snapshot in list_snapshots(storage):
             index = read_index(storage, snapshot)

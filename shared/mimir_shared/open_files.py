@@ -18,6 +18,8 @@ class _OpenFile:
     descriptor: int
     readers: int = 0
     """Threads that read from it now: until they are done it must not be closed, nor its number given away."""
+    forgotten: bool = False
+    """Its name has another file now: it is closed when the last of these is done."""
 
 
 class OpenFiles:
@@ -47,6 +49,8 @@ class OpenFiles:
         finally:
             with self._lock:
                 file.readers -= 1
+                if file.forgotten and not file.readers:
+                    os.close(file.descriptor)
                 if self._is_full:
                     self._close_oldest()
 
@@ -60,6 +64,15 @@ class OpenFiles:
             self._files.move_to_end(path)
             file.readers += 1
             return file
+
+    def forget(self, path: str) -> None:
+        """Open a file, or all below a folder, anew at the next read: what had the name was replaced or moved."""
+        with self._lock:
+            for name in [name for name in self._files if name == path or name.startswith(f"{path}/")]:
+                file = self._files.pop(name)
+                file.forgotten = True
+                if not file.readers:
+                    os.close(file.descriptor)
 
     def _close_oldest(self) -> None:
         idle = [path for path, file in self._files.items() if not file.readers]

@@ -8,6 +8,7 @@ snapshots, and the digest names the data of a training run.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from mimir_shared.plan_file import Plan
 from mimir_shared.statistics import merge_statistics
 from mimir_shared.storage_protocol import Storage
 
+_UNDIGESTED: Final = frozenset(("version", "sequence", "digest"))
 SNAPSHOT_VERSION: Final = 2
 
 
@@ -102,7 +104,7 @@ def write_snapshot(storage: Storage, plan: Plan, folders: Mapping[FeatureName, F
             if feature in folders
         },
     }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = _digest(content)
     existing = list_snapshots(storage)
     for snapshot in existing:
         if snapshot.digest == digest:
@@ -115,17 +117,31 @@ def write_snapshot(storage: Storage, plan: Plan, folders: Mapping[FeatureName, F
     return snapshot
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 class _IndexBuilder:
     """Collects the rows of the index, shard by shard, as tables: a snapshot may have hundreds of thousands."""
 
-    def __init__(self, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folders: Mapping[FeatureName, FeatureFolder],
+        generations: Mapping[FeatureName, Mapping[int, int]] | None = None,
+    ) -> None:
+        """Of the newest commit records, or of other `generations` of each shard."""
         self._plan = plan
         self._folders = folders
         self._tables: list[pa.Table] = []
         self._files: dict[FeatureName, list[str]] = {feature: [] for feature in folders}
         self._records: dict[FeatureName, list[tuple[int, int, str]]] = {feature: [] for feature in folders}
         self._statistics: dict[FeatureName, list[dict[str, TensorStatistics]]] = {feature: [] for feature in folders}
-        self._tables_of = {feature: _tables_in_order(plan, folder) for feature, folder in folders.items()}
+        newest = {feature: folder.generations() for feature, folder in folders.items()}
+        self._tables_of = {
+            feature: _tables_in_order(plan, folder, (generations or newest)[feature])
+            for feature, folder in folders.items()
+        }
         self.left_out: dict[str, int] = {}
 
     def add_shard(self, shard: int) -> None:
@@ -253,8 +269,9 @@ def _to_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _tables_in_order(plan: Plan, folder: FeatureFolder) -> Iterator[tuple[pa.Table, RecordMetadata, str]]:
-    generations = folder.generations()
+def _tables_in_order(
+    plan: Plan, folder: FeatureFolder, generations: Mapping[int, int]
+) -> Iterator[tuple[pa.Table, RecordMetadata, str]]:
     return folder.read_record_tables({shard: generations[shard] for shard in range(plan.num_shards)})
 
 
@@ -264,15 +281,52 @@ def list_snapshots(storage: Storage) -> list[Snapshot]:
     return sorted((snapshot for snapshot in found if snapshot), key=lambda snapshot: snapshot.sequence)
 
 
+def readable_snapshots(storage: Storage) -> Iterator[Snapshot]:
+    """As list_snapshots, in any order and without those that are damaged."""
+    for name in storage.list("snapshots"):
+        with suppress(CacheError):
+            snapshot = read_snapshot(storage, f"snapshots/{name}")
+            if snapshot is not None:
+                yield snapshot
+
+
 def read_snapshot(storage: Storage, directory: str) -> Snapshot | None:
-    """None where there is none (yet). Raises CacheError for one that does not parse."""
+    """None where there is none (yet). Raises CacheError for one that is not as it was written."""
     path = f"{directory}/snapshot.json"
     try:
-        return Snapshot.model_validate(json.loads(storage.read(path)))
+        document = json.loads(storage.read(path))
+        snapshot = Snapshot.model_validate(document)
     except FileNotFoundError:
         return None
     except (ValidationError, ValueError) as fault:
         raise CacheError(f"{storage.root}/{path}: not readable: {' '.join(str(fault).splitlines()[:3])}") from fault
+    content = {name: value for name, value in document.items() if name not in _UNDIGESTED}
+    if _digest(content) != snapshot.digest or snapshot.directory != directory:
+        raise CacheError(
+            f"{storage.root}/{path}: its content does not have the digest {snapshot.digest[:12]} that it names, or its "
+            f"folder another; it was edited or damaged: run `mimir-precompute verify --repair`"
+        )
+    return snapshot
+
+
+def rebuild_index(storage: Storage, plan: Plan, snapshot: Snapshot) -> bytes:
+    """The bytes of a snapshot's index, from the commit records that it names.
+
+    Raises: CacheError where they do not give the index that the snapshot names any more.
+    """
+    files = plan.files[: len(snapshot.plans)]
+    folders = {name: FeatureFolder(storage, name, one.fingerprint) for name, one in snapshot.features.items()}
+    generations = {name: {r[0]: r[1] for r in one.records} for name, one in snapshot.features.items()}
+    builder = _IndexBuilder(Plan(files), folders, generations)
+    for shard in range(Plan(files).num_shards):
+        builder.add_shard(shard)
+    data = _to_bytes(builder.index())
+    if hashlib.sha256(data).hexdigest() != snapshot.index_sha256:
+        raise CacheError(
+            f"{storage.root}/{snapshot.directory}: the commit records that it names do not give its index any more; "
+            f"run `mimir-precompute finalize {storage.root}` for a snapshot of what the cache holds now"
+        )
+    return data
 
 
 def read_index(storage: Storage, snapshot: Snapshot) -> pa.Table:

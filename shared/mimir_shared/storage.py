@@ -198,6 +198,7 @@ class LocalStorage:
         aside = self.temporary_path()
         self._ensure_directory(aside.parent)
         self.disk.rename(self.path(name), aside)
+        self._open_files.forget(str(self.path(name)))
         return aside
 
     def remove_temporary(self, path: Path) -> None:
@@ -270,6 +271,7 @@ class LocalStorage:
         second = self.temporary_path()
         self.disk.link(temporary.path, second)
         self.disk.rename(second, final)
+        self._open_files.forget(str(final))
         self.disk.sync_directory(final.parent)
 
     def _ensure_directory(self, directory: Path) -> None:

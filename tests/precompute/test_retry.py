@@ -1,13 +1,14 @@
 """`retry` tries quarantined clips again; what was good stays as it is, byte for byte."""
 
+import inspect
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mimir_precompute import commands_remake
+from mimir_precompute import cli, cli_remake, commands_remake
 from mimir_precompute.pipeline import EncodeJob
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
@@ -276,3 +277,16 @@ def test_the_command_tells_what_became_of_each_clip(
     assert call(capfd, "retry", cache, "--reason", "no_such_reason", "--device", "cpu")[0] == 2
     code, out, _ = call(capfd, "retry", cache, "--reason", "timeout", "--device", "cpu")
     assert (code, "no quarantined clip to try again" in out) == (0, True)
+
+
+@pytest.mark.parametrize("command", [cli_remake.retry, cli_remake.verify])
+def test_what_encodes_again_takes_every_option_about_models_and_decoding_that_encode_takes(
+    command: Callable[..., None],
+) -> None:
+    theirs = inspect.signature(cli.encode).parameters
+    elsewhere = {"cache", "clips", "shards", "features", "preset", "bucket", "fps", "shard_size", "seed", "limit"}
+    elsewhere |= {"video_key", "caption_key", "accept_removals", "output_format", "on_mismatch"}
+    ours = inspect.signature(command).parameters
+    for name in theirs.keys() - elsewhere:
+        assert name in ours, name
+        assert (ours[name].default, ours[name].annotation) == (theirs[name].default, theirs[name].annotation)

@@ -127,6 +127,7 @@ def test_an_edited_spec_a_damaged_empty_prompt_and_a_damaged_index_are_found(cac
 
 
 def test_an_unfinished_cache_has_no_problem_but_says_what_is_missing(cache: Path) -> None:
+    shutil.rmtree(cache / "snapshots")
     for record in cache.glob("llm/*/manifests/00000[12].0.parquet"):
         record.unlink()
     report = _verify(cache)

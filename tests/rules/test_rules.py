@@ -28,6 +28,7 @@ def test_import_rules_hold() -> None:
 def test_no_file_is_longer_than_400_lines_and_no_function_than_60() -> None:
     # the two main paths, and functions that only list the options of a command, may be longer
     long_by_right = {("cli.py", "encode"), ("loop.py", "train"), ("cli.py", "run"), ("cli_sample.py", "sample")}
+    long_by_right |= {("cli_remake.py", "verify"), ("cli_remake.py", "retry")}
     found = []
     for path in _sources():
         text = path.read_text()

@@ -85,3 +85,20 @@ def test_threads_share_few_descriptors_and_read_right(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) - before <= 3
     files.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_was_replaced_is_read_anew_once_it_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    files = OpenFiles()
+    data = bytearray(3)
+    files.read_into(str(path), 0, [memoryview(data)])
+    other = tmp_path / "other"
+    other.write_bytes(b"new")
+    other.rename(path)
+    for forgotten, expected in ((tmp_path / "folde", b"old"), (path.parent, b"new")):
+        files.forget(str(forgotten))
+        files.read_into(str(path), 0, [memoryview(data)])
+        assert bytes(data) == expected
+    assert len(files) == 1
