@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute.cli_options import CacheArgument, Json, ReadableCache
+from mimir_precompute.cli_options import Json, ReadableCache
 from mimir_shared.command_line import echo
 
 
