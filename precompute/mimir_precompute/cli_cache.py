@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute.cli_options import Json, ReadableCache
+from mimir_precompute.cli_options import CacheArgument, Json, ReadableCache
 from mimir_shared.command_line import echo
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (status, quarantine, finalize, report, inspect, diff, convert):
+    for command in (status, quarantine, finalize, gc, report, inspect, diff, convert):
         app.command()(command)
 
 
@@ -94,6 +94,32 @@ def report(
         cache, out=out, gallery=gallery, wanted=feature or [], models=models, vae=vae, device=device
     )
     echo(f"{path}: {nbytes / 1e6:.1f} MB, and nothing beside it is needed")
+
+
+def gc(
+    cache: CacheArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")] = False,
+    grace_s: Annotated[
+        float, typer.Option(help="Seconds for which a file must not have been touched to be removed.", min=0)
+    ] = 3600.0,
+    as_json: Json = False,
+) -> None:
+    """Remove what no commit record and no snapshot names: data of killed workers, superseded generations, stale leases.
+
+    Workers may go on meanwhile: what a living one may be about to name is young, leased or linked twice, and stays.
+    """
+    from mimir_precompute.gc import collect_garbage
+    from mimir_precompute.messages import describe_garbage
+    from mimir_precompute.termination import working_on
+    from mimir_shared.plan_file import read_plan
+    from mimir_shared.storage import open_folder
+
+    storage = open_folder(cache)
+    read_plan(storage)  # a folder without a plan is no cache: nothing of it may be removed
+    storage.check_writable()
+    with working_on(storage):
+        report = collect_garbage(storage, grace_s=grace_s, dry_run=dry_run)
+    echo(json.dumps(report.to_json()) if as_json else describe_garbage(cache, report))
 
 
 def inspect(

@@ -23,7 +23,7 @@ from mimir_shared.errors import InputError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.layout import lease_directory, lease_name
-from mimir_shared.process_identity import is_dead, process_domain
+from mimir_shared.process_identity import life_of, process_domain
 from mimir_shared.storage import LocalStorage, machine_faults
 
 HEARTBEAT_S: Final = 20.0
@@ -50,13 +50,15 @@ class SeenLease:
     domain: str = ""
     pid: int = 0
     token: str = ""
+    ttl_s: float = HEARTBEAT_S * TTL_HEARTBEATS
+    """The owner touches it much more often than this."""
 
-    def is_stale(self, now_s: float, ttl_s: float) -> bool:
+    def is_stale(self, now_s: float) -> bool:
         """Whether its owner is dead, or has not touched it for long.
 
         A time far ahead is stale too: the storage's clock was set back, and no heartbeat has come since.
         """
-        return (self.pid > 0 and is_dead(self.domain, self.pid)) or abs(now_s - self.touched_s) > ttl_s
+        return (self.pid > 0 and life_of(self.domain, self.pid) == "dead") or abs(now_s - self.touched_s) > self.ttl_s
 
 
 def read_lease(storage: LocalStorage, name: str) -> SeenLease | None:
@@ -73,12 +75,28 @@ def read_lease(storage: LocalStorage, name: str) -> SeenLease | None:
         return SeenLease(name=name, touched_s=touched_s)
 
 
+def take_over(storage: LocalStorage, seen: SeenLease) -> bool:
+    """Remove a stale lease, so that anybody may take it. Of several workers that try, one succeeds."""
+    try:
+        aside = storage.set_aside(seen.name)
+    except FileNotFoundError:
+        return False
+    found = read_lease(storage, str(aside.relative_to(storage.root)))
+    same = found is None or found.token == seen.token
+    if not same:
+        # another worker was faster: what was moved is its new lease, which goes back
+        with contextlib.suppress(OSError):
+            storage.disk.link(aside, storage.path(seen.name))
+    storage.remove_temporary(aside)
+    failpoint("lease.taken_over")
+    return same
+
+
 class Leases:
     """The leases that this process holds in one cache. Its thread touches them; `close` drops them."""
 
     def __init__(self, storage: LocalStorage, *, heartbeat_s: float = HEARTBEAT_S) -> None:
         self.storage = storage
-        self.ttl_s = heartbeat_s * TTL_HEARTBEATS
         self._heartbeat_s = heartbeat_s
         self._token = uuid.uuid4().hex
         self._held: dict[str, int] = {}
@@ -100,7 +118,13 @@ class Leases:
     def take(self, name: str) -> bool:
         """Take a lease that nobody has; False where somebody has it. Raises MachineError."""
         path = self.storage.path(name)
-        owner = {"host": socket.gethostname(), "domain": process_domain(), "pid": os.getpid(), "token": self._token}
+        owner = {
+            "host": socket.gethostname(),
+            "domain": process_domain(),
+            "pid": os.getpid(),
+            "token": self._token,
+            "ttl_s": self._heartbeat_s * TTL_HEARTBEATS,
+        }
         self._folders |= {str(folder) for folder in PurePosixPath(name).parents if folder.name}
         with machine_faults(f"{path}: taking the lease"):
             while True:
@@ -140,20 +164,6 @@ class Leases:
     def drop_all(self) -> None:
         for name in list(self._held):
             self.drop(name)
-
-    def take_over(self, seen: SeenLease) -> None:
-        """Remove a stale lease, so that anybody may take it. One of several workers that try succeeds."""
-        try:
-            aside = self.storage.set_aside(seen.name)
-        except FileNotFoundError:
-            return
-        found = read_lease(self.storage, str(aside.relative_to(self.storage.root)))
-        if found is not None and found.token != seen.token:
-            # another worker was faster: what was moved is its new lease, which goes back
-            with contextlib.suppress(OSError):
-                self.storage.disk.link(aside, self.storage.path(seen.name))
-        self.storage.remove_temporary(aside)
-        failpoint("lease.taken_over")
 
     def close(self) -> None:
         """Drop every lease, end the thread, and remove the folders if nobody else is here."""
@@ -306,7 +316,7 @@ class ShardClaims:
         names = [lease_name(folder.feature, folder.fingerprint, shard) for shard in chosen]
         seen = [lease for lease in (read_lease(self._storage, name) for name in names) if lease is not None]
         now_s = storage_time_s(self._storage)
-        stale = [lease for lease in seen if lease.is_stale(now_s, self._leases.ttl_s)]
+        stale = [lease for lease in seen if lease.is_stale(now_s)]
         for lease in stale:
-            self._leases.take_over(lease)
+            take_over(self._storage, lease)
         return bool(stale) or len(seen) < len(names)

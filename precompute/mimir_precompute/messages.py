@@ -7,6 +7,7 @@ from typing import Any
 
 from mimir_precompute.convert import ConvertOutcome
 from mimir_precompute.diff import CacheDifference
+from mimir_precompute.gc import GcReport
 from mimir_precompute.merge import MergeOutcome
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
@@ -168,6 +169,24 @@ def describe_repair(cache: str, outcome: RepairOutcome) -> str:
             f"snapshot {outcome.snapshot.digest[:12]} with {outcome.snapshot.clips} clips; older snapshots still name "
             f"the damaged generation: let training take the new one"
         )
+    return "\n".join(lines)
+
+
+def describe_garbage(cache: str, report: GcReport) -> str:
+    """What `gc` removed, or would remove."""
+    kinds = {
+        "data": "data files that no commit record names",
+        "record": "superseded commit records",
+        "lease": "stale leases",
+        "temporary": "abandoned temporary files",
+        "snapshot": "unfinished snapshots",
+    }
+    verb = "would remove" if report.dry_run else "removed"
+    lines = [f"{cache}: {verb} {len(report.removed)} files, {report.bytes} bytes"]
+    for kind, words in kinds.items():
+        sizes = [garbage.bytes for garbage in report.removed if garbage.kind == kind]
+        if sizes:
+            lines.append(f"  {len(sizes)} {words}, {sum(sizes)} bytes")
     return "\n".join(lines)
 
 

@@ -25,11 +25,8 @@ DECLARED: Final = frozenset(
         "lease.heartbeat",
         "lease.taken_over",
         "lease.dropped",
-        "gc.data_moved",
-        "gc.record_removed",
-        "gc.data_removed",
-        "gc.lease_removed",
-        "gc.temporary_removed",
+        "gc.set_aside",
+        "gc.removed",
     }
 )
 """Every point with a literal name; the others are those of PUBLISHING."""

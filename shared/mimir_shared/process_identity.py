@@ -4,6 +4,9 @@ import os
 import uuid
 from functools import cache
 from pathlib import Path
+from typing import Literal
+
+Life = Literal["dead", "living", "unknown"]
 
 
 @cache
@@ -17,15 +20,16 @@ def process_domain() -> str:
     return f"{boot[:8]}{namespace}"
 
 
-def is_dead(domain: str, pid: int) -> bool:
-    """Whether that process certainly does not run any more; False where it cannot be told from here."""
+def life_of(domain: str, pid: int) -> Life:
+    """Whether that process runs; "unknown" where it cannot be told from here."""
     if domain != process_domain():
-        return False
+        return "unknown"
     try:
         os.kill(pid, 0)
         # a killed process whose parent has not yet asked for its end
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+        ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except (ProcessLookupError, FileNotFoundError):
-        return True
+        return "dead"
     except OSError:
-        return False
+        return "living"
+    return "dead" if ended else "living"

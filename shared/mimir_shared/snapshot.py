@@ -111,9 +111,14 @@ def write_snapshot(storage: Storage, plan: Plan, folders: Mapping[FeatureName, F
             return snapshot
     sequence = max((snapshot.sequence + 1 for snapshot in existing), default=0)
     snapshot = Snapshot.model_validate({"sequence": sequence, "digest": digest, **content})
+    for folder in folders.values():
+        # other workers' records among them, of whose fsync nothing is known
+        storage.settle(f"{folder.directory}/manifests")
     storage.create(f"{snapshot.directory}/index.arrow", index_bytes)
     # last, for a snapshot exists when its snapshot.json does
     storage.create(f"{snapshot.directory}/snapshot.json", snapshot.model_dump_json(indent=1).encode() + b"\n")
+    # once more: between the two, `gc` may have taken it for what a killed process left
+    storage.create(f"{snapshot.directory}/index.arrow", index_bytes)
     return snapshot
 
 

@@ -21,7 +21,7 @@ from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import publishing_failpoint
 from mimir_shared.open_files import OpenFiles
-from mimir_shared.process_identity import is_dead, process_domain
+from mimir_shared.process_identity import Life, life_of, process_domain
 
 _TEMPORARY = "tmp"
 _MENDED_BY_THE_USER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -201,6 +201,11 @@ class LocalStorage:
         self._open_files.forget(str(self.path(name)))
         return aside
 
+    def put_back(self, aside: Path, name: str) -> None:
+        """Undo `set_aside`, unless something has that name again."""
+        self._link(aside, self.path(name))
+        self.disk.sync_directory(self.path(name).parent)
+
     def remove_temporary(self, path: Path) -> None:
         """Remove a file or folder of the temporary folder, if it is there."""
         with contextlib.suppress(FileNotFoundError):
@@ -209,18 +214,18 @@ class LocalStorage:
             else:
                 self.disk.remove(path)
 
-    def temporaries(self) -> dict[str, bool]:
-        """Name of each temporary file → whether its process, on this machine, is certainly dead."""
-        found = {}
+    def temporaries(self) -> dict[str, Life]:
+        """Name of each temporary file → what is known of the process that made it."""
+        found: dict[str, Life] = {}
         for name in self.list(_TEMPORARY):
             parts = name.split("-")
             known = len(parts) == 3 and parts[1].isdecimal()
-            found[f"{_TEMPORARY}/{name}"] = known and is_dead(parts[0], int(parts[1]))
+            found[f"{_TEMPORARY}/{name}"] = life_of(parts[0], int(parts[1])) if known else "unknown"
         return found
 
     def remove_abandoned(self) -> int:
         """Remove temporary files whose process, on this machine, is dead. Returns how many."""
-        abandoned = [name for name, dead in self.temporaries().items() if dead]
+        abandoned = [name for name, life in self.temporaries().items() if life == "dead"]
         for name in abandoned:
             self.remove_temporary(self.path(name))
         return len(abandoned)

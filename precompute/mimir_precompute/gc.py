@@ -1,0 +1,269 @@
+"""Removes from a cache what nothing names any more, and nothing that anybody may be about to name.
+
+What a worker is about to name is protected three times over. It is young: only what was not touched for
+the grace period, by the storage's own clock, is removed. It belongs to a shard that a living worker has
+leased, or its temporary file still is there as a second name. And if a worker slept longer than all that:
+a file is first set aside, then the commit records are read once more and it goes back if one names it,
+while the worker, after its record, looks for its data once more and publishes them again.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from mimir_precompute.lease import SeenLease, read_lease, storage_time_s, take_over
+from mimir_shared.errors import CacheError
+from mimir_shared.failpoints import failpoint
+from mimir_shared.feature_folder import FeatureFolder, find_features
+from mimir_shared.features import FEATURES
+from mimir_shared.layout import lease_directory, lease_name, parse_record_name
+from mimir_shared.snapshot import Snapshot, list_snapshots
+from mimir_shared.storage import LocalStorage, machine_faults
+
+GRACE_S: Final = 3600.0
+GarbageKind = Literal["data", "record", "lease", "temporary", "snapshot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """One file that nothing needs. `name` is relative to the cache."""
+
+    kind: GarbageKind
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcReport:
+    removed: tuple[Garbage, ...]
+    """Or, of a dry run, what would be removed."""
+    dry_run: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(garbage.bytes for garbage in self.removed)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "dry_run": self.dry_run,
+            "bytes": self.bytes,
+            "removed": [asdict(garbage) for garbage in self.removed],
+        }
+
+
+def collect_garbage(storage: LocalStorage, *, grace_s: float = GRACE_S, dry_run: bool = False) -> GcReport:
+    """Remove data that no commit record names, superseded records, stale leases and abandoned temporary files.
+
+    A superseded generation of a shard goes when no snapshot names it, a newer one is intact, and that one is older
+    than the grace period. What any snapshot names stays.
+
+    Raises: CacheError where a snapshot is damaged, for nobody can say then what it names; MachineError.
+    """
+    with machine_faults(f"{storage.root}: gc"):
+        collector = _Collector(storage, grace_s)
+        found = collector.find()
+        removed = found if dry_run else tuple(garbage for garbage in found if collector.remove(garbage))
+        return GcReport(removed=removed, dry_run=dry_run)
+
+
+class _Collector:
+    """What one call of `gc` knows of a cache. It looks at leases first and at data last, as workers do in reverse."""
+
+    def __init__(self, storage: LocalStorage, grace_s: float) -> None:
+        self._storage = storage
+        self._grace_s = grace_s
+        self._now_s = storage_time_s(storage)
+        self._leases = list(_all_leases(storage))
+        self._leased = {lease.name for lease in self._leases if not lease.is_stale(self._now_s)}
+        self._snapshot_names = storage.list("snapshots")
+        self._snapshots = list_snapshots(storage)
+
+    def find(self) -> tuple[Garbage, ...]:
+        found = [self._garbage("lease", lease.name) for lease in self._leases if lease.is_stale(self._now_s)]
+        for name, life in self._storage.temporaries().items():
+            if life == "dead" or (life == "unknown" and self._is_old(name)):
+                found += [self._garbage("temporary", file) for file in _files(self._storage, name)]
+        found += self._unfinished_snapshots()
+        for folder in find_features(self._storage):
+            found += self._garbage_of(folder)
+        return tuple(garbage for garbage in found if garbage is not None)
+
+    def remove(self, garbage: Garbage) -> bool:
+        """Remove one file; False where it turned out to be needed, or is gone."""
+        match garbage.kind:
+            case "lease":
+                seen = read_lease(self._storage, garbage.name)
+                done = seen is not None and seen.is_stale(self._now_s) and take_over(self._storage, seen)
+            case "temporary":
+                self._storage.remove_temporary(self._storage.path(garbage.name))
+                done = True
+            case "data" | "record" | "snapshot":
+                done = self._remove_unless_named(garbage)
+        failpoint("gc.removed")
+        return done
+
+    def _remove_unless_named(self, garbage: Garbage) -> bool:
+        if self._is_named(garbage):
+            return False
+        try:
+            aside = self._storage.set_aside(garbage.name)
+        except FileNotFoundError:
+            return False
+        failpoint("gc.set_aside")
+        named = self._is_named(garbage)
+        if named:
+            self._storage.put_back(aside, garbage.name)
+        self._storage.remove_temporary(aside)
+        self._remove_empty_folders(garbage.name)
+        return not named
+
+    def _is_named(self, garbage: Garbage) -> bool:
+        """Look again whether something needs the file: before it is set aside, and when it is."""
+        if garbage.kind == "snapshot":
+            return self._storage.exists(f"{garbage.name.rpartition('/')[0]}/snapshot.json")
+        feature, fingerprint, _, file = garbage.name.split("/", 3)
+        folder = next(f for f in find_features(self._storage) if (f.feature, f.fingerprint) == (feature, fingerprint))
+        if self._storage.list("snapshots") != self._snapshot_names:
+            self._snapshot_names = self._storage.list("snapshots")
+            self._snapshots = list_snapshots(self._storage)
+        if garbage.kind == "record":
+            return parse_record_name(file) in _pinned_records(self._snapshots, folder)
+        shard = _shard_of(file)
+        records = _Records(self._storage, folder, [shard] if shard is not None else [])
+        return shard in records.damaged or garbage.name in records.files() | _pinned_files(self._snapshots)
+
+    def _garbage_of(self, folder: FeatureFolder) -> Iterator[Garbage | None]:
+        records = _Records(self._storage, folder)
+        pinned = _pinned_records(self._snapshots, folder)
+        superseded = {
+            (shard, generation)
+            for shard, generation in records.superseded()
+            if (shard, generation) not in pinned and self._may_touch(folder, shard)
+            # a snapshot that was begun before may still come to name the older one
+            if self._is_old(folder.record_path(shard, records.newest[shard]))
+        }
+        for shard, generation in sorted(superseded):
+            yield self._garbage("record", folder.record_path(shard, generation))
+        named = records.files(leave_out=superseded) | _pinned_files(self._snapshots)
+        for name in _files(self._storage, f"{folder.directory}/data"):
+            owner = _shard_of(name.removeprefix(f"{folder.directory}/data/"))
+            if owner is None or owner in records.damaged or name in named or not self._may_touch(folder, owner):
+                continue
+            if self._is_old(name) and not self._has_second_name(name):
+                yield self._garbage("data", name)
+
+    def _unfinished_snapshots(self) -> Iterator[Garbage | None]:
+        for name in self._storage.list("snapshots"):
+            index = f"snapshots/{name}/index.arrow"
+            if not self._storage.exists(f"snapshots/{name}/snapshot.json") and self._is_old(index):
+                yield self._garbage("snapshot", index)
+
+    def _may_touch(self, folder: FeatureFolder, shard: int) -> bool:
+        return lease_name(folder.feature, folder.fingerprint, shard) not in self._leased
+
+    def _is_old(self, name: str) -> bool:
+        try:
+            return self._now_s - self._storage.path(name).stat().st_mtime > self._grace_s
+        except FileNotFoundError:
+            return False
+
+    def _has_second_name(self, name: str) -> bool:
+        """Whether the worker that published the data still has its temporary file: it has not come to the record."""
+        try:
+            return self._storage.path(name).stat().st_nlink > 1
+        except FileNotFoundError:
+            return True
+
+    def _garbage(self, kind: GarbageKind, name: str) -> Garbage | None:
+        try:
+            return Garbage(kind=kind, name=name, bytes=self._storage.path(name).stat().st_size)
+        except FileNotFoundError:
+            return None
+
+    def _remove_empty_folders(self, name: str) -> None:
+        folder = self._storage.path(name).parent
+        while folder.name != "data" and folder.parent != self._storage.root:
+            try:
+                self._storage.disk.remove_directory(folder)
+            except OSError:
+                return
+            folder = folder.parent
+
+
+class _Records:
+    """The commit records of a feature, or of some of its shards, and the files that each names."""
+
+    def __init__(self, storage: LocalStorage, folder: FeatureFolder, shards: Iterable[int] | None = None) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._files: dict[tuple[int, int], frozenset[str]] = {}
+        self.damaged: set[int] = set()
+        """Shards of which a record cannot be read: what they name is unknown, so nothing of them is removed."""
+        self.newest: dict[int, int] = {}
+        wanted = None if shards is None else set(shards)
+        for name in storage.list(f"{folder.directory}/manifests"):
+            place = parse_record_name(name)
+            if place is not None and (wanted is None or place[0] in wanted):
+                self._read(*place)
+
+    def _read(self, shard: int, generation: int) -> None:
+        self.newest[shard] = max(generation, self.newest.get(shard, -1))
+        try:
+            metadata, _ = self._folder.read_record_metadata(shard, generation)
+        except CacheError:
+            self.damaged.add(shard)
+            return
+        names = frozenset(f"{self._folder.directory}/{file.path}" for file in metadata.files)
+        self._files[shard, generation] = names
+
+    def files(self, leave_out: Iterable[tuple[int, int]] = ()) -> set[str]:
+        """Names, relative to the cache, of all that the records name, but for those left out."""
+        without = set(leave_out)
+        return {name for place, names in self._files.items() if place not in without for name in names}
+
+    def superseded(self) -> Iterator[tuple[int, int]]:
+        """(shard, generation) of records below one that is whole, data included."""
+        for shard, generation in self._files:
+            newest = self.newest[shard]
+            whole = shard not in self.damaged and all(map(self._storage.exists, self._files.get((shard, newest), ())))
+            if generation < newest and whole:
+                yield shard, generation
+
+
+def _all_leases(storage: LocalStorage) -> Iterator[SeenLease]:
+    for feature in FEATURES:
+        for fingerprint in storage.list(f"leases/{feature}"):
+            directory = lease_directory(feature, fingerprint)
+            for name in storage.list(directory):
+                seen = read_lease(storage, f"{directory}/{name}")
+                if seen is not None:
+                    yield seen
+
+
+def _files(storage: LocalStorage, name: str) -> Iterator[str]:
+    """A file, or every file below a folder."""
+    path = storage.path(name)
+    found: Iterable[Path] = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in found:
+        if file.is_file():
+            yield file.relative_to(storage.root).as_posix()
+
+
+def _shard_of(path: str) -> int | None:
+    """The shard that a file below data/ belongs to; None where it is not one of ours."""
+    number = path.split("-")[0]
+    return int(number) if number.isdecimal() else None
+
+
+def _pinned_records(snapshots: Iterable[Snapshot], folder: FeatureFolder) -> set[tuple[int, int]]:
+    pinned: set[tuple[int, int]] = set()
+    for snapshot in snapshots:
+        feature = snapshot.features.get(folder.feature)
+        if feature is not None and feature.fingerprint.startswith(folder.fingerprint):
+            pinned |= {(shard, generation) for shard, generation, _ in feature.records}
+    return pinned
+
+
+def _pinned_files(snapshots: Iterable[Snapshot]) -> set[str]:
+    return {name for snapshot in snapshots for feature in snapshot.features.values() for name in feature.files}
