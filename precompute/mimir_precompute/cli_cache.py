@@ -3,7 +3,10 @@
 Nothing heavy is imported up here.
 """
 
+import contextlib
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +22,30 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def status(cache: ReadableCache, as_json: Json = False) -> None:
-    """Say how far a cache is."""
+def status(
+    cache: ReadableCache,
+    as_json: Json = False,
+    watch: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Say it again so often, until Ctrl-C.", show_default=False)
+    ] = None,
+) -> None:
+    """Say how far a cache is, who works on it, how fast, and how long still.
+
+    What is done is read from the commit records; the pace is what the workers of every machine write in logs/workers.
+    One that was not heard of for a minute is marked STALE.
+    """
     from mimir_precompute.messages import describe_status
     from mimir_precompute.status import read_status
     from mimir_shared.open_storage import open_storage
 
-    found = read_status(open_storage(cache))
-    echo(json.dumps(found.to_json()) if as_json else describe_status(cache, found))
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            found = read_status(open_storage(cache))
+            echo(json.dumps(found.to_json()) if as_json else describe_status(cache, found))
+            if watch is None:
+                return
+            sys.stdout.flush()
+            time.sleep(watch)
 
 
 def quarantine(

@@ -9,6 +9,7 @@ from mimir_precompute.convert import ConvertOutcome
 from mimir_precompute.diff import CacheDifference
 from mimir_precompute.gc import GcReport
 from mimir_precompute.merge import MergeOutcome
+from mimir_precompute.pace import describe_duration
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
 from mimir_precompute.quarantine import QuarantinedClip
@@ -16,6 +17,7 @@ from mimir_precompute.repair import RepairOutcome
 from mimir_precompute.retry import RetryOutcome
 from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import Problem, VerifyReport
+from mimir_precompute.workers import SeenWorker
 from mimir_shared.features import FEATURES
 
 _LEDGER_LINES = 50
@@ -66,13 +68,19 @@ def describe_status(cache: str, status: CacheStatus) -> str:
     lines = [
         f"{cache}: {status.clips} clips in {status.shards} shards, {'complete' if status.complete else 'unfinished'}"
     ]
-    lines.append(f"{'feature':<9}{'fingerprint':<14}{'shards':>12}{'ok':>9}{'quarantined':>13}{'MB':>11}")
-    for name in FEATURES:
-        for one in status.features.get(name, []):
-            shards = f"{one.shards_done}/{status.shards}"
-            lines.append(
-                f"{name:<9}{one.fingerprint:<14}{shards:>12}{one.ok:>9}{one.quarantined:>13}{one.bytes / 1e6:>11.1f}"
-            )
+    lines.append(_status_row("feature", "fingerprint", "shards", "ok", "quarantined", "MB", "clips/s", "left"))
+    rows = [(name, one) for name in FEATURES for one in status.features.get(name, [])]
+    for name, one in rows:
+        shards = f"{one.shards_done}/{status.shards}"
+        pace = _pace(one.clips_per_s, one.eta_s)
+        lines.append(
+            _status_row(name, one.fingerprint, shards, one.ok, one.quarantined, f"{one.bytes / 1e6:.1f}", *pace)
+        )
+    done = f"{sum(one.shards_done for _, one in rows)}/{status.shards * len(rows)}"
+    ok, quarantined = sum(one.ok for _, one in rows), sum(one.quarantined for _, one in rows)
+    total_mb = f"{sum(one.bytes for _, one in rows) / 1e6:.1f}"
+    lines.append(_status_row("total", "", done, ok, quarantined, total_mb, *_pace(status.clips_per_s, status.eta_s)))
+    lines += [_describe_worker(worker) for worker in status.workers]
     for name in FEATURES:
         for one in status.features.get(name, []):
             which = f" {one.fingerprint}" if len(status.features[name]) > 1 else ""
@@ -81,6 +89,36 @@ def describe_status(cache: str, status: CacheStatus) -> str:
     if status.snapshots:
         lines.append(f"snapshots: {', '.join(digest[:12] for digest in status.snapshots)} (newest last)")
     return "\n".join(lines)
+
+
+def _status_row(*cells: object) -> str:
+    feature, fingerprint, *numbers = cells
+    widths = (12, 9, 13, 11, 9, 13)
+    right = "".join(f"{number!s:>{width}}" for number, width in zip(numbers, widths, strict=True))
+    return f"{feature:<9}{fingerprint:<14}{right}".rstrip()
+
+
+def _pace(clips_per_s: float | None, eta_s: float | None) -> tuple[str, str]:
+    return (
+        "" if clips_per_s is None else f"{clips_per_s:.1f}",
+        "" if eta_s is None else describe_duration(eta_s),
+    )
+
+
+def _describe_worker(worker: SeenWorker) -> str:
+    report = worker.report
+    if report.shard is None:
+        place = f"{report.feature}, between two shards" if report.clips else f"{report.feature}, no clip written yet"
+    else:
+        place = f"{report.feature} shard {report.shard} since {report.since}, {report.clips_in_shard} clips of it"
+    who = f"{report.host} pid {report.pid}"
+    if worker.state == "working":
+        rate = "" if report.clips_per_s is None else f", {report.clips_per_s:.1f} clips/s"
+        return f"worker {who}: {place}{rate}"
+    silent = describe_duration(worker.silent_s)
+    if worker.state == "dead":
+        return f"worker {who}: DEAD, last heard of {silent} ago at {place}; its shard is free for others"
+    return f"worker {who}: STALE, not heard of for {silent}, was at {place}; others take its shard over"
 
 
 def describe_ledger(cache: str, lines: Sequence[QuarantinedClip], out: Path | None) -> str:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
 from mimir_precompute.data_format import choose_format, refuse_other_format
+from mimir_precompute.drift import refuse_other_identity
 from mimir_precompute.empty_prompt import publish_empty, require_answers
 from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
 from mimir_precompute.lease import HEARTBEAT_S, Leases, ShardClaims
@@ -29,15 +30,15 @@ from mimir_precompute.prepare import (
     in_batches,
     prepare_shards,
 )
-from mimir_precompute.progress import Progress
+from mimir_precompute.progress import Progress, SharedWork
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.quarantine import feature_ledger, refuse_mass_loss
 from mimir_precompute.remake import Remake, Remaking
 from mimir_precompute.shard_writer import ShardWriter
-from mimir_shared.errors import CacheError, TooManyQuarantinedError
+from mimir_shared.errors import TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
-from mimir_shared.fingerprint import differences, fingerprint
+from mimir_shared.fingerprint import fingerprint
 from mimir_shared.formats.open_format import open_shard_format
 from mimir_shared.layout import empty_name, spec_name
 from mimir_shared.manifest import CacheFormat
@@ -153,6 +154,8 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
     specs = open_features(job)
     outcome = EncodeOutcome()
     with Leases(job.storage, heartbeat_s=job.heartbeat_s) as leases:
+        if job.remaking is None:
+            progress.expect(missing_clips(job, specs))
         for feature in job.features:
             outcome.features.append(encode_feature(job, specs, feature, leases, progress, log))
     outcome.quarantined = quarantined_clips(job, specs)
@@ -194,20 +197,14 @@ def asked_identities(
     return identities
 
 
-def refuse_other_identity(storage: LocalStorage, spec: FeatureSpec) -> None:
-    """Raise CacheError, field by field, where the cache holds this feature made in another way."""
-    present = [folder for folder in find_features(storage) if folder.feature == spec.feature]
-    if not present or any(spec.fingerprint.startswith(folder.fingerprint) for folder in present):
-        return
-    nearest = min(present, key=lambda folder: len(differences(folder.read_spec().identity, spec.identity)))
-    changed = differences(nearest.read_spec().identity, spec.identity)
-    shown = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed[:8])
-    more = f"; and {len(changed) - 8} more fields" if len(changed) > 8 else ""
-    raise CacheError(
-        f"{storage.root}/{nearest.directory}: `{spec.feature}` was made otherwise than asked for now: "
-        f"{shown}{more}. "
-        f"Go back to the old models and settings, or keep both side by side: --on-mismatch new"
-    )
+def missing_clips(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> dict[FeatureName, int]:
+    """How many clips of the job's shards each of its features lacks."""
+    sizes = {shard: job.plan.file_of(shard).num_clips(shard) for shard in job.shards}
+    missing = {}
+    for feature in job.features:
+        done = FeatureFolder(job.storage, feature, specs[feature].fingerprint).generations()
+        missing[feature] = sum(clips for shard, clips in sizes.items() if shard not in done)
+    return missing
 
 
 def encode_feature(
@@ -234,11 +231,13 @@ def encode_feature(
     if answers is not None:
         require_answers(answers)
     preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers, job.decoder, remakes)
-    num_clips = sum(job.plan.file_of(shard).num_clips(shard) for shard in todo)
+    sizes = {shard: job.plan.file_of(shard).num_clips(shard) for shard in todo}
     needs = [folder for folder in (answers,) if folder is not None]
     generations = {shard: remake.generation for shard, remake in remakes.items()}
     claims = ShardClaims(folder, todo, leases, generations=generations, needs=needs, say=progress.say)
-    with progress.feature(feature, shards=len(todo), clips=num_clips), closing(job.encoders.build(feature)) as encoder:
+    shared = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations=generations)
+    in_view = progress.feature(feature, shards=len(todo), clips=sum(sizes.values()), shared=shared)
+    with in_view, closing(job.encoders.build(feature)) as encoder:
         log.feature_started(feature, spec.fingerprint)
         publish_empty(folder, encoder, answers)
         encode_shards(
@@ -303,6 +302,7 @@ def write_shard(work: FeatureWork, shard: int, batches: Iterable[EncodedBatch]) 
         work.log.shard(folder.feature, shard) as entry,
         open_shard_format(job.storage, data_format, shard) as shard_format,
     ):
+        progress.shard_begun(shard)
         remake = work.remakes.get(shard)
         tries_before = {} if remake is None else remake.tries_before
         writer = ShardWriter(shard_format, tries_before)

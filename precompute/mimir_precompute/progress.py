@@ -1,60 +1,163 @@
-"""What a person sees while `encode` runs: a live bar on a terminal, a plain line now and then elsewhere."""
+"""What a person sees while `encode` runs: live bars on a terminal, a plain line now and then elsewhere.
 
+All workers of a cache are one view: what is committed, whoever did it, and what each says of itself (workers.py).
+"""
+
+import contextlib
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from mimir_precompute.pace import RecentRate, describe_duration, rate_together, time_left_s
+from mimir_precompute.termination import when_stopped
+from mimir_precompute.workers import (
+    BEAT_S,
+    SeenWorker,
+    WorkerFile,
+    WorkerReport,
+    describe_self,
+    forget_dead_workers,
+    read_workers,
+)
+from mimir_shared.errors import MimirError
+from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.features import FeatureName
+from mimir_shared.storage import LocalStorage
+
 _LINE_EVERY_S = 10.0
+_BAR_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWork:
+    """What this worker makes together with others: where they commit, and what is to be there in the end."""
+
+    storage: LocalStorage
+    folder: FeatureFolder
+    clips_of_shard: Mapping[int, int]
+    """The shards that are to be made."""
+    generations: Mapping[int, int]
+    """The generation that makes a shard done, where it is not the first."""
+
+    def committed(self) -> set[int]:
+        """The shards that are done by now, whoever did them."""
+        newest = self.folder.generations()
+        return {shard for shard in self.clips_of_shard if newest.get(shard, -1) >= self.generations.get(shard, 0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """One feature, as all workers have made it since this call began."""
+
+    clips: int
+    workers: int
+    clips_per_s: float | None
+    nbytes: int
+    quarantined: int
+
+
+class _Counts:
+    """What this worker has made of one feature. The lock is the owner's."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clips = 0
+        self.nbytes = 0
+        self.quarantined_before = 0
+        """In shards that are committed."""
+        self.quarantined_in_shard = 0
+        self.clips_in_shard = 0
+        self.shard: int | None = None
+        self.shard_since_s: float | None = None
+        self.rate = RecentRate(clock)
+
+    @property
+    def quarantined(self) -> int:
+        return self.quarantined_before + self.quarantined_in_shard
 
 
 class Progress:
-    """Counts clips of the feature that is being made; writes to stderr, so that stdout stays clean."""
+    """Counts the clips of the feature that is being made; writes to stderr, so that stdout stays clean.
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
-        self._bar: RichProgress | None = None
+    Args:
+        clock: seconds, for rates and for how often to write.
+    """
+
+    def __init__(
+        self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic, console: Console | None = None
+    ) -> None:
+        self._console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._counts = _Counts(clock)
         self._feature = ""
-        self._clips = 0
         self._total = 0
-        self._quarantined_before = 0
-        self._quarantined = 0
-        self._nbytes = 0
-        self._started = 0.0
-        self._last_line = 0.0
+        self._shared: SharedWork | None = None
+        self._file: WorkerFile | None = None
+        self._others: list[SeenWorker] = []
+        self._committed: set[int] = set()
+        """Shards of the shared work, committed by anyone since this call began."""
+        self._expected: dict[str, int] = {}
+        self._finished: set[str] = set()
+        self._bar: RichProgress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last_beat_s = 0.0
+        self._last_line_s = 0.0
+
+    def expect(self, clips: Mapping[FeatureName, int]) -> None:
+        """Tell how many clips each feature of this call lacks, so that there can be a total."""
+        self._expected = dict(clips.items())
 
     @contextmanager
-    def feature(self, feature: str, *, shards: int, clips: int, verb: str = "encode") -> Iterator[None]:
-        """One feature's work, from loading its model to its last shard; `verb` says what is done."""
-        self._feature, self._total, self._clips = feature, clips, 0
-        self._nbytes = self._quarantined = self._quarantined_before = 0
-        self._started = self._last_line = time.monotonic()
-        bar = RichProgress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+    def feature(
+        self,
+        feature: str,
+        *,
+        shards: int,
+        clips: int,
+        shared: SharedWork | None = None,
+        verb: str = "encode",
+    ) -> Iterator[None]:
+        """One feature's work, from loading its model to its last shard.
+
+        Args:
+            clips: to be made, by this worker or, if it is `shared`, by all together.
+            verb: what is done to them.
+        """
+        started_s = self._clock()
+        self._begin(feature, clips, shared)
         if not self._console.is_terminal:
             self._console.print(f"{feature}: {clips} clips in {shards} shards to {verb}")
-        with bar:
-            self._bar = bar
-            self._task = bar.add_task(feature, total=clips, speed="")
+        over = threading.Event()
+        ticker = threading.Thread(target=self._tick_until, args=(over,), name="progress", daemon=True)
+        with self._bars(), self._own_file():
+            self.tick(force=True)
+            ticker.start()
             try:
                 yield
+                self._finished.add(feature)
             finally:
-                self._bar = None
-        elapsed = time.monotonic() - self._started
+                over.set()
+                ticker.join()
+                self.tick(force=True, line=False)
+        elapsed_s = self._clock() - started_s
+        counts = self._counts
         self._console.print(
-            f"{feature}: {self._clips} clips in {elapsed:.1f} s, {self._nbytes / 1e6:.1f} MB, "
-            f"{self._quarantined} quarantined"
+            f"{feature}: {counts.clips} clips in {elapsed_s:.1f} s, {counts.nbytes / 1e6:.1f} MB, "
+            f"{counts.quarantined} quarantined"
         )
+
+    def shard_begun(self, shard: int) -> None:
+        """The first clip of a shard is about to be written."""
+        with self._lock:
+            self._counts.shard, self._counts.shard_since_s = shard, time.time()
+            self._counts.clips_in_shard = 0
+            self._counts.rate.add(self._counts.clips)
 
     def advance(self, clips: int, *, quarantined: int) -> None:
         """Count clips that were written.
@@ -62,24 +165,157 @@ class Progress:
         Args:
             quarantined: of the shard so far.
         """
-        self._clips += clips
-        self._quarantined = self._quarantined_before + quarantined
-        elapsed = max(time.monotonic() - self._started, 1e-6)
-        speed = f"{self._clips / elapsed:.1f} clips/s · {self._nbytes / 1e9:.2f} GB · {self._quarantined} quarantined"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._clips, speed=speed)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._last_line >= _LINE_EVERY_S:
-            self._last_line = now
-            left_s = (self._total - self._clips) * elapsed / self._clips
-            self._console.print(f"{self._feature}: {self._clips}/{self._total} clips · {speed} · {left_s:.0f} s left")
+        with self._lock:
+            self._counts.clips += clips
+            self._counts.clips_in_shard += clips
+            self._counts.quarantined_in_shard = quarantined
+            self._counts.rate.add(self._counts.clips)
 
     def shard_done(self, shard: int, *, nbytes: int, quarantined: int) -> None:
-        self._nbytes += nbytes
-        self._quarantined_before += quarantined
+        """A shard is committed."""
+        with self._lock:
+            self._committed.add(shard)
+            self._counts.nbytes += nbytes
+            self._counts.quarantined_before += quarantined
+            self._counts.quarantined_in_shard = self._counts.clips_in_shard = 0
+            self._counts.shard = self._counts.shard_since_s = None
 
     def say(self, message: str) -> None:
         self._console.print(message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
         self._console.print(f"warning: {message}", soft_wrap=True)
+
+    def tick(self, *, force: bool = False, line: bool = True) -> None:
+        """Write what is due: our own file, a look at what the others wrote, the bars or a line."""
+        now_s = self._clock()
+        if force or now_s - self._last_beat_s >= BEAT_S:
+            self._last_beat_s = now_s
+            self._exchange()
+        together = self.together()
+        if self._bar is not None and self._console.is_terminal:
+            self._bar.update(self._tasks["feature"], completed=together.clips, speed=self._describe(together))
+            if "all" in self._tasks:
+                self._bar.update(self._tasks["all"], completed=self._clips_of_all(together))
+        elif line and together.clips and now_s - self._last_line_s >= _LINE_EVERY_S:
+            self._last_line_s = now_s
+            whole = f" · all features {self._clips_of_all(together)}/{sum(self._expected.values())}"
+            self._console.print(
+                f"{self._feature}: {together.clips}/{self._total} clips · {self._describe(together)}"
+                f"{whole if len(self._expected) > 1 else ''}",
+                soft_wrap=True,
+            )
+
+    def together(self) -> Together:
+        """This worker and the others, as far as they were heard of at the last beat."""
+        with self._lock:
+            own = self._own_report()
+            others = [worker.report for worker in self._others]
+            clips = own.clips
+            if self._shared is not None:
+                # a report may be older than the commit of the shard that it speaks of
+                begun = [r.clips_in_shard for r in (own, *others) if r.shard not in self._committed]
+                sizes = self._shared.clips_of_shard
+                clips = sum(begun) + sum(sizes.get(shard, 0) for shard in self._committed)
+        return Together(
+            clips=min(clips, self._total),
+            workers=1 + len(others),
+            clips_per_s=rate_together(report.clips_per_s for report in (own, *others)),
+            nbytes=sum(report.bytes for report in (own, *others)),
+            quarantined=sum(report.quarantined for report in (own, *others)),
+        )
+
+    def _begin(self, feature: str, clips: int, shared: SharedWork | None) -> None:
+        self._feature, self._total, self._shared = feature, clips, shared
+        self._last_line_s = self._clock()
+        with self._lock:
+            self._counts = _Counts(self._clock)
+            self._others, self._committed = [], set()
+        if shared is not None:
+            forget_dead_workers(shared.storage)
+
+    def _exchange(self) -> None:
+        """Tell the other workers how far we are, and look how far they are."""
+        if self._shared is None or self._file is None:
+            return
+        with self._lock:
+            own = self._own_report()
+        self._file.write(own)
+        # a disk that fails is for the stage to report that writes to it
+        with contextlib.suppress(OSError, MimirError):
+            committed = self._shared.committed()
+            others = [
+                worker
+                for worker in read_workers(self._shared.storage)
+                if worker.state == "working"
+                and worker.name != self._file.name
+                and (worker.report.feature, worker.report.fingerprint) == (own.feature, own.fingerprint)
+            ]
+            with self._lock:
+                self._committed |= committed
+                self._others = others
+
+    def _own_report(self) -> WorkerReport:
+        counts = self._counts
+        return describe_self(
+            self._feature,
+            "" if self._shared is None else self._shared.folder.fingerprint,
+            shard=counts.shard,
+            since_s=counts.shard_since_s,
+            clips_in_shard=counts.clips_in_shard,
+            clips=counts.clips,
+            nbytes=counts.nbytes,
+            quarantined=counts.quarantined,
+            clips_per_s=counts.rate.per_s(),
+        )
+
+    def _clips_of_all(self, together: Together) -> int:
+        before = sum(clips for feature, clips in self._expected.items() if feature in self._finished)
+        return before + (0 if self._feature in self._finished else together.clips)
+
+    def _describe(self, together: Together) -> str:
+        rate = together.clips_per_s
+        parts = ["… clips/s" if rate is None else f"{rate:.1f} clips/s"]
+        if together.workers > 1:
+            parts[0] += f" by {together.workers} workers"
+        parts += [f"{together.nbytes / 1e9:.2f} GB", f"{together.quarantined} quarantined"]
+        left_s = time_left_s(self._total - together.clips, rate)
+        if left_s is not None:
+            parts.append(f"{describe_duration(left_s)} left")
+        return " · ".join(parts)
+
+    @contextmanager
+    def _bars(self) -> Iterator[None]:
+        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn())
+        bar = RichProgress(
+            *columns,
+            TextColumn("{task.fields[speed]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        with bar:
+            self._bar = bar
+            self._tasks = {"feature": bar.add_task(self._feature, total=self._total, speed="")}
+            if len(self._expected) > 1:
+                self._tasks["all"] = bar.add_task("all", total=sum(self._expected.values()), speed="")
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    @contextmanager
+    def _own_file(self) -> Iterator[None]:
+        if self._shared is None:
+            yield
+            return
+        self._file = WorkerFile(self._shared.storage)
+        try:
+            with when_stopped(self._file.remove):
+                yield
+        finally:
+            self._file.remove()
+            self._file = None
+
+    def _tick_until(self, over: threading.Event) -> None:
+        while not over.wait(_BAR_EVERY_S if self._console.is_terminal else 1.0):
+            self.tick()

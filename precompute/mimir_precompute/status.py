@@ -1,10 +1,19 @@
-"""How far a cache is: from its plan and its commit records alone, on any machine that sees them."""
+"""How far a cache is: from its plan and its commit records, on any machine that sees them.
+
+What is done is said by the records alone. Who works, how fast and how long still is what the workers say of
+themselves (workers.py).
+"""
 
 from dataclasses import asdict, dataclass, field
 
+import pyarrow.compute as pc
+
+from mimir_precompute.pace import rate_together, time_left_s
+from mimir_precompute.workers import SeenWorker, read_workers
 from mimir_shared.feature_folder import find_features
-from mimir_shared.plan_file import Plan, read_plan
+from mimir_shared.plan_file import Plan, PlanFile, read_plan
 from mimir_shared.snapshot import list_snapshots
+from mimir_shared.storage import LocalStorage
 from mimir_shared.storage_protocol import Storage
 
 
@@ -18,6 +27,10 @@ class FeatureStatus:
     bytes: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     """"stage: reason" → quarantined clips."""
+    clips_per_s: float | None = None
+    """Of all workers together, lately; None where nobody works on it."""
+    eta_s: float | None = None
+    """Seconds until it is done at that rate; None where nobody works on it."""
 
 
 @dataclass(kw_only=True)
@@ -28,6 +41,7 @@ class CacheStatus:
     shards: int
     complete: bool = False
     features: dict[str, list[FeatureStatus]] = field(default_factory=dict)
+    workers: list[SeenWorker] = field(default_factory=list)
     snapshots: list[str] = field(default_factory=list)
     """Digests, oldest first; shown to people only."""
 
@@ -37,13 +51,33 @@ class CacheStatus:
             "shards": self.shards,
             "complete": self.complete,
             "features": {name: [asdict(one) for one in many] for name, many in self.features.items()},
+            "workers": [
+                {**worker.report.model_dump(exclude={"domain"}), "state": worker.state, "silent_s": worker.silent_s}
+                for worker in self.workers
+            ],
+            "clips_per_s": self.clips_per_s,
+            "eta_s": self.eta_s,
         }
+
+    @property
+    def clips_per_s(self) -> float | None:
+        """Of all that is being made, together."""
+        return rate_together(one.clips_per_s for many in self.features.values() for one in many)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Until the last feature that somebody works on is done; None where nobody works."""
+        left_s = [one.eta_s for many in self.features.values() for one in many if one.clips_per_s is not None]
+        return max((seconds for seconds in left_s if seconds is not None), default=None)
 
 
 def read_status(storage: Storage) -> CacheStatus:
     """Raises InputError where there is no plan, CacheError where a record is damaged."""
     plan = read_plan(storage)
     status = CacheStatus(clips=count_clips(plan), shards=plan.num_shards)
+    if isinstance(storage, LocalStorage):  # a cache in a bucket was copied there: nobody encodes into it
+        status.workers = read_workers(storage)
+    planned = sum(count_planned(file) for file in plan.files)
     for folder in find_features(storage):
         spec = folder.read_spec()
         one = FeatureStatus(fingerprint=spec.fingerprint[:12], format=spec.format)
@@ -61,12 +95,35 @@ def read_status(storage: Storage) -> CacheStatus:
                 if sample.status == "quarantined":
                     why = f"{sample.stage}: {sample.reason}"
                     one.reasons[why] = one.reasons.get(why, 0) + 1
+        add_pace(one, folder.feature, planned, status.workers)
         status.features.setdefault(folder.feature, []).append(one)
     status.complete = bool(status.features) and all(
         any(one.shards_done == status.shards for one in many) for many in status.features.values()
     )
     status.snapshots = [snapshot.digest for snapshot in list_snapshots(storage)]
     return status
+
+
+def add_pace(status: FeatureStatus, feature: str, planned: int, workers: list[SeenWorker]) -> None:
+    """Say how fast a feature is being made, and how long that will take still.
+
+    Args:
+        planned: rows that every feature is to have.
+    """
+    at_it = [
+        worker.report
+        for worker in workers
+        if worker.state == "working"
+        and (worker.report.feature, worker.report.fingerprint) == (feature, status.fingerprint)
+    ]
+    status.clips_per_s = rate_together(report.clips_per_s for report in at_it)
+    left = planned - status.ok - status.quarantined - sum(report.clips_in_shard for report in at_it)
+    status.eta_s = time_left_s(left, status.clips_per_s) if at_it else None
+
+
+def count_planned(file: PlanFile) -> int:
+    """Rows of a plan file that stand in a shard."""
+    return int(file.table.num_rows - (pc.sum(file.table["removed"]).as_py() or 0))
 
 
 def count_clips(plan: Plan) -> int:

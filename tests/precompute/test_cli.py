@@ -134,7 +134,8 @@ def test_plan_reports_in_words_and_as_json(capfd: pytest.CaptureFixture[str], to
     assert "12 new" in call(capfd, *arguments)[1]
     assert "nothing to plan" in call(capfd, *arguments)[1]
     status = json.loads(call(capfd, "status", tmp_path, "--json")[1])
-    assert status == {"clips": 12, "shards": 3, "complete": False, "features": {}}
+    nobody = {"workers": [], "clips_per_s": None, "eta_s": None}
+    assert status == {"clips": 12, "shards": 3, "complete": False, "features": {}, **nobody}
 
 
 def test_a_damaged_plan_ends_with_code_4(capfd: pytest.CaptureFixture[str], toy_clips: Path, tmp_path: Path) -> None:
@@ -187,3 +188,20 @@ def test_a_relative_cache_can_be_moved(capfd: pytest.CaptureFixture[str], toy_cl
     call(capfd, "plan", toy_clips, "--cache", tmp_path / "a", "--preset", "tiny")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert call(capfd, "status", tmp_path / "b")[0] == 0
+
+
+def test_status_says_it_again_until_it_is_interrupted(
+    capfd: pytest.CaptureFixture[str], toy_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(capfd, "plan", toy_clips, "--cache", tmp_path, "--preset", "tiny")[0] == 0
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mimir_precompute.cli_cache.time.sleep", pause)
+    code, out, _ = call(capfd, "status", tmp_path, "--json", "--watch", 5)
+    assert (code, pauses) == (0, [5.0] * 3)
+    assert [json.loads(line)["clips"] for line in out.splitlines()] == [12] * 3

@@ -1,5 +1,6 @@
 """Decode, encode and write at once: order, bounds, overlap and failures, proven with events and not with clocks."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -376,3 +377,17 @@ def test_a_claim_that_waits_for_others_holds_up_neither_our_clips_nor_a_failure(
     stages.written = 3
     with pytest.raises(RuntimeError, match="a bug of ours"):
         in_time(lambda: encode(again, stages))
+
+
+def test_status_sees_the_worker_while_it_works_and_nobody_afterwards(tmp_path: Path, stages: Stages) -> None:
+    storage = make_cache(tmp_path, clips=6, shard_size=3)
+    stages.may_write.clear()
+    with running(lambda: encode(storage, stages)):
+        assert wait_until(lambda: len(read_status(storage).workers) == 1)
+        (worker,) = read_status(storage).workers
+        assert (worker.state, worker.report.pid, worker.report.feature) == ("working", os.getpid(), "latents")
+        stages.may_write.set()
+    after = read_status(storage)
+    assert after.complete
+    assert after.workers == []
+    assert not (storage.root / "logs" / "workers").exists()
