@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mimir_precompute.lease import storage_time_s
 from mimir_shared.errors import MimirError
-from mimir_shared.process_identity import is_dead, process_domain
+from mimir_shared.process_identity import life_of, process_domain
 from mimir_shared.storage import LocalStorage
 
 DIRECTORY: Final = "logs/workers"
@@ -126,7 +126,7 @@ def _read_all(storage: LocalStorage) -> list[SeenWorker]:
     for name, report, changed_s in found:
         silent_s = max(0.0, now_s - changed_s)
         state: WorkerState = "stale" if silent_s > STALE_S else "working"
-        if is_dead(report.domain, report.pid):
+        if life_of(report.domain, report.pid) == "dead":
             state = "dead"
         workers.append(SeenWorker(name=name, report=report, state=state, silent_s=silent_s))
     return sorted(workers, key=lambda worker: (worker.report.host, worker.report.pid))
