@@ -20,11 +20,7 @@ from mimir_precompute.config import Bucket, Geometry
 from mimir_precompute.frames import FrameCutter, Pixels, Span, Window, exact, shown_at
 from mimir_precompute.image_file import decode_image
 from mimir_precompute.rejection import ClipRejected
-from mimir_precompute.video_file import Video, open_video
-
-_WHOLE_CLIP_S = 10
-"""A clip up to this long is decoded to its end, so that damage anywhere in it is found (if the decoder finds it at
-all); of a longer one only what is needed is."""
+from mimir_precompute.video_file import WHOLE_CLIP_S, Video, open_video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,4 +303,4 @@ def _decode_clip(video: Video, target: Bucket, pixels: Pixels, window: Window, f
 
 def _is_short(video: Video, window: Window) -> bool:
     ends_s = [end_s for end_s in (video.header_end_s, window.end_s) if end_s is not None]
-    return bool(ends_s) and min(ends_s) - window.start_s <= _WHOLE_CLIP_S
+    return bool(ends_s) and min(ends_s) - window.start_s <= WHOLE_CLIP_S

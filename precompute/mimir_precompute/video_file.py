@@ -17,6 +17,10 @@ from mimir_precompute.rejection import ClipRejected
 MAX_FRAME_PIXELS = 8192 * 8192
 MAX_DECODED_FRAMES = 100_000
 """Of one pass over a clip: a file that makes millions of frames of a few bytes must end somewhere."""
+WHOLE_CLIP_S = 10
+"""A clip up to this long is decoded to its end, so that damage anywhere in it is found (if the decoder finds it at
+all); of a longer one only what is needed is."""
+MAX_DURATION_S = 7 * 24 * 3600
 
 _STILL_BRANDS = frozenset(("avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"))
 _SEEK_FROM_S = 4
@@ -110,24 +114,31 @@ def open_video(file: SourceFile, source_format: SourceFormat, *, accept_truncate
     num_missing = 0 if accept_truncated else missing_bytes(file, source_format)
     if num_missing:
         raise ClipRejected("decode", "truncated", f"at least {num_missing} bytes are missing at its end")
+    # the option reaches the decoders that look into streams with poor headers while the container is opened
+    with _open_container(file, source_format, {"max_pixels": str(MAX_FRAME_PIXELS)}) as container:
+        stream = _video_stream(container)
+        if stream.codec_context.width == 0:
+            # unknown, or withheld because it is above the limit: look again, with decoders that decode nothing
+            position = file.tell()
+            with _open_container(file, source_format, {"skip_frame": "all"}) as again:
+                _video_stream(again)
+            file.seek(position)
+        yield Video(container, stream)
+
+
+def _open_container(file: SourceFile, source_format: SourceFormat, decoder_options: dict[str, str]) -> InputContainer:
     file.seek(0)
     try:
-        container = av.open(
+        return av.open(
             file,
             mode="r",
             format=source_format,
-            options={
-                "protocol_whitelist": "",
-                # reaches the decoders that look into streams with poor headers while the container is opened
-                "max_pixels": str(MAX_FRAME_PIXELS),
-            },
+            options={"protocol_whitelist": "", **decoder_options},
             metadata_errors="replace",
             io_open=_refuse_to_open,
         )
     except av.FFmpegError as error:
         raise rejection_of(error, f"{_text(error)} in its headers") from error
-    with container:
-        yield Video(container, _video_stream(container))
 
 
 def _refuse_to_open(url: str, flags: int, options: dict[str, str]) -> None:
@@ -148,12 +159,23 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if width * height > MAX_FRAME_PIXELS:
         detail = f"frames of {width}x{height}; the limit is {MAX_FRAME_PIXELS} pixels"
         raise ClipRejected("decode", "too_large", detail)
+    _check_length(container, stream)
     # again in the decoder: a stream may announce one size in the container and another in its own headers
     stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
     # one thread: many clips are decoded at once, and errors come at the same frame every time
     stream.thread_count = 1
     stream.thread_type = "NONE"
     return stream
+
+
+def _check_length(container: InputContainer, stream: VideoStream) -> None:
+    """Refuse what the header says would be too much, before a frame is decoded."""
+    end_s = _header_end_s(container, stream) or Fraction(0)
+    if end_s > MAX_DURATION_S:
+        raise ClipRejected("decode", "too_large", f"{float(end_s):.0f} s long; the limit is {MAX_DURATION_S}")
+    if stream.frames > MAX_DECODED_FRAMES and end_s <= WHOLE_CLIP_S:
+        detail = f"{stream.frames} frames to decode; the limit is {MAX_DECODED_FRAMES}"
+        raise ClipRejected("decode", "too_large", detail)
 
 
 def _header_end_s(container: InputContainer, stream: VideoStream) -> Fraction | None:
