@@ -18,7 +18,7 @@ from mimir_shared.command_line import echo
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (status, quarantine, finalize, gc, report, inspect, diff, convert):
+    for command in (status, quarantine, stats, finalize, gc, report, inspect, diff, convert):
         app.command()(command)
 
 
@@ -68,6 +68,16 @@ def quarantine(
         with machine_faults(f"{out}: writing"):
             out.write_bytes(ledger_parquet(lines))
     echo(json.dumps([asdict(line) for line in lines]) if as_json else describe_ledger(cache, lines, out))
+
+
+def stats(cache: ReadableCache, as_json: Json = False) -> None:
+    """Show mean, spread, least and largest value of every channel, and name shards that are unlike the others."""
+    from mimir_precompute.messages import describe_statistics
+    from mimir_precompute.stats import read_statistics
+    from mimir_shared.open_storage import open_storage
+
+    found = read_statistics(open_storage(cache))
+    echo(json.dumps(found.to_json()) if as_json else describe_statistics(cache, found))
 
 
 def finalize(

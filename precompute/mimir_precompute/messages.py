@@ -15,6 +15,7 @@ from mimir_precompute.plan import PlanReport
 from mimir_precompute.quarantine import QuarantinedClip
 from mimir_precompute.repair import RepairOutcome
 from mimir_precompute.retry import RetryOutcome
+from mimir_precompute.stats import CacheStatistics
 from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import Problem, VerifyReport
 from mimir_precompute.workers import SeenWorker
@@ -130,6 +131,30 @@ def describe_ledger(cache: str, lines: Sequence[QuarantinedClip], out: Path | No
     if len(lines) > _LEDGER_LINES:
         shown.append(f"… and {len(lines) - _LEDGER_LINES} more (--out FILE.parquet or --json has all)")
     return "\n".join(shown)
+
+
+def describe_statistics(cache: str, found: CacheStatistics) -> str:
+    """The tables of `stats`: a line for each channel of each tensor, then the shards that are unlike the others."""
+    lines = []
+    for feature, many in found.features.items():
+        for one in many:
+            lines.append(f"{feature} {one.fingerprint}: {one.clips} clips in {one.shards} shards")
+            for name, tensor in one.tensors.items():
+                lines.append(f"  {name:<24}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}")
+                columns = (tensor.mean, [variance**0.5 for variance in tensor.variance], tensor.min, tensor.max)
+                for channel, values in enumerate(zip(*columns, strict=True)):
+                    label = "all" if len(tensor.mean) == 1 else f"channel {channel}"
+                    lines.append(f"    {label:<22}" + "".join(f"{value:>12.4g}" for value in values))
+    for drift in found.drifts:
+        where = "" if drift.channel is None else f" in channel {drift.channel}"
+        lines.append(
+            f"shard {drift.shard} of {drift.feature} is unlike the others: the {drift.measure} of {drift.tensor!r}"
+            f"{where} is {drift.value:.4g}, elsewhere {drift.others:.4g} ({drift.score:.0f} robust standard "
+            f"deviations, {drift.limit:.0f} are allowed); logs/ says what made it"
+        )
+    if not found.drifts:
+        lines.append(f"{cache}: no shard is unlike the others")
+    return "\n".join(lines)
 
 
 def describe_retry(cache: str, outcome: RetryOutcome) -> str:
