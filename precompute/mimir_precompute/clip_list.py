@@ -3,7 +3,6 @@
 import csv
 import glob
 import io
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mimir_shared.errors import InputError
+from mimir_shared.plain_documents import parse_json
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".gif")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -230,11 +230,11 @@ def _jsonl_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str
                 continue
             where = f"line {number}"
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as fault:
                 problems.add(f"{where}: not UTF-8 (byte 0x{line[fault.start]:02x} at {fault.start})")
                 continue
-            except (ValueError, RecursionError) as fault:
+            except ValueError as fault:
                 problems.add(f"{where}: not JSON ({fault})")
                 continue
             if isinstance(row, dict):
@@ -373,9 +373,9 @@ def _add_tar_sample(
         caption = _decode_text(_member_bytes(tar, members[".txt"]), f"{where}.txt", problems)
     elif ".json" in members:
         try:
-            document = json.loads(_member_bytes(tar, members[".json"]))
+            document = parse_json(_member_bytes(tar, members[".json"]))
             text = document.get("text", document.get("caption"))
-        except (ValueError, AttributeError, RecursionError) as fault:
+        except (ValueError, AttributeError) as fault:
             problems.add(f"{where}.json: not a JSON object ({fault})")
             return
         wrong = _caption_problem(text)
