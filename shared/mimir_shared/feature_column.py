@@ -4,8 +4,9 @@ All that reads samples by the index comes through `read_into`: it fills memory t
 the storage for bytes that lie together, and compares their hash.
 """
 
+import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +18,6 @@ from mimir_shared.clip_table import ClipTable
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import NUMPY_DTYPES, DType
-from mimir_shared.plain_documents import parse_json
 from mimir_shared.snapshot import Snapshot
 from mimir_shared.storage_protocol import Storage
 
@@ -94,11 +94,13 @@ class FeatureColumn:
         if verify:
             self._check_record(int(self._clips.shards[number]))
         ranges = self._ranges(number, buffers)
+        digest = xxhash.xxh3_64()
         for part in ranges:
-            self._read_range(part, number)
+            self._read_range(part, number, digest.update if verify else None)
         if verify and ranges:
             expected = int(self._xxh3[number])
-            if _hash(buffers) != expected and not (self._read_again(ranges, number) and _hash(buffers) == expected):
+            read_right = digest.intdigest() == expected
+            if not read_right and not (self._read_again(ranges, number) and _hash(buffers) == expected):
                 raise CacheError(
                     f"{self._where(ranges[0].file, number)}: its {sum(map(len, buffers))} bytes do not match the hash "
                     f"in the commit record; the shard is damaged: {self._verify_command}"
@@ -128,7 +130,7 @@ class FeatureColumn:
                 f"{self._where(part.file, number)}: its text does not match the hash in the commit record; the shard "
                 f"is damaged: {self._verify_command}"
             )
-        document = parse_json(data)
+        document = json.loads(data)
         assert isinstance(document, dict), f"clip {self._clips[number]}: the text is {type(document)}"
         return document
 
@@ -145,9 +147,9 @@ class FeatureColumn:
                 ranges.append(_Range(file, offset, offset + nbytes, [buffer]))
         return ranges
 
-    def _read_range(self, part: _Range, number: int) -> None:
+    def _read_range(self, part: _Range, number: int, seen: Callable[[memoryview], None] | None = None) -> None:
         try:
-            count = self._storage.read_into(self._files[part.file], part.offset, part.buffers)
+            count = self._storage.read_into(self._files[part.file], part.offset, part.buffers, seen)
         except FileNotFoundError as fault:
             raise CacheError(
                 f"{self._where(part.file, number)}: the file is missing, though the snapshot names it; restore it from "

@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -93,12 +93,27 @@ class ObjectStorage:
             for first in range(0, len(names), _READ_AHEAD):
                 yield from pool.map(self.read, names[first : first + _READ_AHEAD])
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        seen: Callable[[memoryview], None] | None = None,
+    ) -> int:
         """Fill buffers of bytes, one after the other, with what an object holds from `offset` on.
 
+        Args:
+            seen: is given the buffers, once they are filled: to be hashed.
         Returns: bytes read; fewer than the buffers take only where the object ends.
         Raises: FileNotFoundError; MachineError.
         """
+        filled = self._read_kept_into(name, offset, buffers)
+        if seen is not None:
+            for buffer in buffers:
+                seen(buffer)
+        return filled
+
+    def _read_kept_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         kept = self._local_cache if _is_kept(name) else None
         if kept is not None and kept.read_into(self.where(name), offset, buffers):
             return sum(map(len, buffers))

@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -80,15 +80,21 @@ class LocalStorage:
         except OSError as fault:
             raise MachineError(f"{self.path(name)}: cannot be read: {fault.strerror}; run it again") from fault
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        seen: Callable[[memoryview], None] | None = None,
+    ) -> int:
         """Fill buffers of bytes, one after the other, with what a file holds from `offset` on. Safe between threads.
 
-        All that reads samples goes through here: one call a sample and feature, into memory that is there already.
-
+        Args:
+            seen: is given all that was read, in order and piece by piece, while it is warm: to be hashed.
         Returns: bytes read; fewer than the buffers take only where the file ends.
         Raises: FileNotFoundError where there is no such file; OSError where it cannot be read.
         """
-        return self._open_files.read_into(f"{self.root}/{name}", offset, buffers)
+        return self._open_files.read_into(f"{self.root}/{name}", offset, buffers, seen)
 
     def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
         """Whole files in the order of their names. Raises as `read`."""

@@ -4,7 +4,7 @@ Names are relative to the cache and use "/". A file appears whole under its name
 may be late, so that nothing is believed to be absent because a listing does not have it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +26,17 @@ class Storage(Protocol):
         """The whole file. Raises FileNotFoundError where there is none."""
         ...
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        seen: Callable[[memoryview], None] | None = None,
+    ) -> int:
         """Fill buffers of bytes, one after the other, with what a file holds from `offset` on. Safe between threads.
+
+        Args:
+            seen: is given all that was read, in order and piece by piece, while it is warm: to be hashed.
 
         Returns: bytes read; fewer than the buffers take only where the file ends.
         Raises: FileNotFoundError where there is no such file; OSError or MachineError where it cannot be read.

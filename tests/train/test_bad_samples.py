@@ -57,7 +57,7 @@ def read(root: Path, world_size: int, steps: int) -> list[tuple[list[str], list[
                 keys, attempts, latents = found[batch.step]
                 moments = batch.host.tensors["vae_moments"].flatten()
                 found[batch.step] = (
-                    keys + [clip.key for clip in batch.clips],
+                    keys + [cache.clip(number).key for number in batch.numbers],
                     attempts + list(batch.attempts),
                     torch.cat([latents, moments.float()]),
                 )

@@ -8,18 +8,20 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError, MachineError
 from mimir_train.batch_memory import BatchMemory
 from mimir_train.batch_reader import BatchReader, HostBatch, TensorRequest
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.order import TrainingOrder
 from mimir_train.reader_threads import ReaderThreads
-from mimir_train.step_reader import ReadOptions, StepReader
+from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
 from tests.train.caches import IMAGE, T5_ROWS, VIDEO, build_cache, flipped_byte
 from tests.train.naive_reader import bits, read_cache, stack
 
@@ -59,6 +61,10 @@ def steps_of(cache: Cache, order: TrainingOrder, **options: object) -> StepReade
     return StepReader(cache, order, REQUESTS, range(order.global_batch_size), ReadOptions(**options))  # type: ignore[arg-type]
 
 
+def clips_of(cache: Cache, batch: StepBatch) -> list[Clip]:
+    return [cache.clip(number) for number in batch.numbers]
+
+
 def read_all(reader: BatchReader, numbers: list[int]) -> HostBatch:
     pending = reader.start(numbers, verify=True)
     assert reader.wait(pending) == {}
@@ -79,17 +85,19 @@ def test_batches_equal_the_naive_readers_bit_for_bit(
     with steps_of(cache, order, threads=threads, borrow=borrow, verify=verify) as reader:
         seen = set()
         for batch in reader.steps(0, 3 * order.steps_per_epoch):
-            assert {clip.bucket for clip in batch.clips} == {batch.bucket}
+            assert {clip.bucket for clip in clips_of(cache, batch)} == {batch.bucket}
             for request in REQUESTS:
-                expected = stack([naive[clip.key][request.name] for clip in batch.clips], request.num_rows)
+                expected = stack([naive[clip.key][request.name] for clip in clips_of(cache, batch)], request.num_rows)
                 found = batch.host.tensors[request.name]
                 assert found.dtype == expected.dtype
                 assert torch.equal(bits(found), bits(expected)), f"{request.name} of step {batch.step}"
             assert batch.host.lengths.keys() == set(RAGGED)
             for name in RAGGED:
-                assert batch.host.lengths[name].tolist() == [len(naive[clip.key][name]) for clip in batch.clips]
+                assert batch.host.lengths[name].tolist() == [
+                    len(naive[clip.key][name]) for clip in clips_of(cache, batch)
+                ]
                 assert batch.host.mask(name).sum(dim=1).tolist() == batch.host.lengths[name].tolist()
-            seen.update(clip.key for clip in batch.clips)
+            seen.update(clip.key for clip in clips_of(cache, batch))
     assert len(seen) > 30
 
 
@@ -127,7 +135,7 @@ def test_a_batch_that_is_kept_is_never_written_over(root: Path, cache: Cache, or
         # every other batch is let go of, so that memory is used again all the time; of one a slice alone is kept
         batches = reader.steps(0, 60)
         kept = [batch for batch in batches if batch.step % 2 == 0]
-    slices = [(batch.clips[2].key, batch.host.tensors["vae_moments"][2, 1:3]) for batch in kept]
+    slices = [(clips_of(cache, batch)[2].key, batch.host.tensors["vae_moments"][2, 1:3]) for batch in kept]
     expected = {key: naive[key]["vae_moments"][1:3] for key, _ in slices}
     del kept
     with steps_of(cache, order) as reader:
@@ -158,7 +166,7 @@ def test_a_borrowed_batch_holds_until_the_next_is_asked_for(root: Path, cache: C
     with steps_of(cache, order, borrow=True, prefetch=3) as reader:
         for batch in reader.steps(0, 12):
             time.sleep(0.01)  # the threads read all that they may
-            expected = stack([naive[clip.key]["vae_moments"] for clip in batch.clips])
+            expected = stack([naive[clip.key]["vae_moments"] for clip in clips_of(cache, batch)])
             assert torch.equal(bits(batch.host.tensors["vae_moments"]), bits(expected))
 
 
@@ -239,10 +247,10 @@ def test_whatever_a_thread_raises_is_raised_at_its_batch(
     real = cache.storage.read_into
     calls: Iterator[int] = iter(range(10_000))
 
-    def sometimes(name: str, offset: int, buffers: list[memoryview]) -> int:
+    def sometimes(name: str, offset: int, buffers: list[memoryview], seen: Any = None) -> int:
         if next(calls) == 40:
             raise fault
-        return real(name, offset, buffers)
+        return real(name, offset, buffers, seen)
 
     monkeypatch.setattr(cache.storage, "read_into", sometimes)
     with steps_of(cache, order, threads=2) as reader, pytest.raises(type(fault)):
@@ -256,7 +264,7 @@ def test_whatever_a_thread_raises_is_raised_at_its_batch(
 def test_an_unreadable_file_is_the_machines_fault(
     cache: Cache, order: TrainingOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(name: str, offset: int, buffers: list[memoryview]) -> int:
+    def broken(name: str, offset: int, buffers: list[memoryview], seen: Any = None) -> int:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(cache.storage, "read_into", broken)

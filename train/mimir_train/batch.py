@@ -268,7 +268,7 @@ class BatchLoader:
             step=batch.step,
             epoch=batch.epoch,
             bucket=batch.bucket,
-            clips=batch.clips,
+            clips=tuple(self._cache.clip(number) for number in batch.numbers),
             positions=self._positions,
             attempts=batch.attempts,
             latents=batch.host.tensors[self._layout.latents],

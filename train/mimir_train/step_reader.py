@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_train.bad_samples import MAX_ATTEMPTS
 from mimir_train.batch_reader import BatchReader, HostBatch, PendingBatch, TensorRequest
@@ -36,7 +35,8 @@ class StepBatch:
     step: int
     epoch: int
     bucket: str
-    clips: tuple[Clip, ...]
+    numbers: tuple[int, ...]
+    """Of its clips in the index, in the order of their positions."""
     attempts: tuple[int, ...]
     """How many stand-ins were tried for each clip before one could be read: zeros, unless clips are bad."""
     host: HostBatch
@@ -156,7 +156,7 @@ class StepReader:
             step=share.step,
             epoch=share.epoch,
             bucket=share.bucket,
-            clips=tuple(self._cache.clip(number) for number in share.numbers),
+            numbers=share.numbers,
             attempts=share.attempts,
             host=pending.tensors(),
         )
