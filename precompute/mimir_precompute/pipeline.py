@@ -238,7 +238,9 @@ def encode_feature(
     shared = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations=generations)
     in_view = progress.feature(feature, shards=len(todo), clips=sum(sizes.values()), shared=shared)
     with in_view, closing(job.encoders.build(feature)) as encoder:
-        log.feature_started(feature, spec.fingerprint)
+        changed = log.feature_started(feature, spec.fingerprint)
+        if changed is not None:
+            progress.warn(changed)
         publish_empty(folder, encoder, answers)
         encode_shards(
             FeatureWork(

@@ -1,23 +1,32 @@
-"""logs/: what may differ between two equal runs — clocks, hosts, devices, versions. Never read back by a run."""
+"""logs/: what may differ between two equal runs — clocks, hosts, devices, versions.
+
+Read back only to say what has changed since; nothing that a run makes follows from it.
+"""
 
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from typing import Any
 
 from mimir_precompute.shard_writer import FinishedShard
+from mimir_shared.fingerprint import differences
 from mimir_shared.storage import LocalStorage
 
 _LIBRARIES = ("mimir-t2v", "torch", "transformers", "diffusers", "tokenizers", "av", "numpy")
+
+
+_LOGS_LOOKED_AT = 200
+"""Of the newest; a feature that none of them has made is not compared with anything."""
 
 
 class ShardEntry:
@@ -43,8 +52,19 @@ class RunLog:
         self._path = storage.path(f"logs/encode-{started}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl")
         self._device = device
 
-    def feature_started(self, feature: str, fingerprint: str) -> None:
-        """Record what the feature is made with on this machine."""
+    def feature_started(self, feature: str, fingerprint: str) -> str | None:
+        """Record what the feature is made with on this machine.
+
+        Returns: a warning that says how that differs from what made it last; the host itself does not count.
+        """
+        made_with = {
+            "device": self._describe_device(),
+            "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "libraries": _installed_versions(),
+        }
+        last = self._made_with_last(feature, fingerprint)
         self._write(
             {
                 "event": "feature",
@@ -52,13 +72,28 @@ class RunLog:
                 "fingerprint": fingerprint,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "device": self._describe_device(),
-                "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "libraries": _installed_versions(),
+                **made_with,
             }
         )
+        changes = [] if last is None else differences(_comparable(last), _comparable(made_with))
+        if not changes:
+            return None
+        shown = "; ".join(f"{name}: {before!r} → {now!r}" for name, before, now in changes)
+        return (
+            f"{feature}: made by other means than last time: {shown}. Equal bytes are promised at equal means only; "
+            f"`mimir-precompute diff` measures what that comes to, and logs/ says what made which shard"
+        )
+
+    def _made_with_last(self, feature: str, fingerprint: str) -> dict[str, Any] | None:
+        paths = [path for path in self._path.parent.glob("encode-*.jsonl") if path != self._path]
+        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)[:_LOGS_LOOKED_AT]:
+            for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+                with suppress(ValueError):  # the last line of a worker that was killed may be cut
+                    event = json.loads(line)
+                    wanted = {"event": "feature", "feature": feature, "fingerprint": fingerprint}
+                    if isinstance(event, dict) and event.items() >= wanted.items():
+                        return event
+        return None
 
     @contextmanager
     def shard(self, feature: str, shard: int) -> Iterator[ShardEntry]:
@@ -82,6 +117,13 @@ class RunLog:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **event})
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _comparable(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: made_with.get(name) for name in ("device", "threads", "python", "machine", "libraries")}
+    # which of several equal GPUs it was changes nothing
+    found["device"] = re.sub(r"^cuda:\d+", "cuda", str(found["device"]))
+    return found
 
 
 @cache
