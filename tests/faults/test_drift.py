@@ -271,7 +271,7 @@ def warnings_of(capfd: pytest.CaptureFixture[str], cache: Path, shard: int, devi
 
 CHANGES = [
     ("libraries.torch: '9.9' → ", "library"),
-    ('libraries["mimir-t2v"]: ', "release"),
+    ("libraries.mimir-t2v: '0.1' → '0.2'", "release"),
     ("device: 'cpu' → 'cuda'", "device"),
     ("threads: ", "threads"),
     ("python: ", "python"),
