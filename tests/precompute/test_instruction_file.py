@@ -36,8 +36,8 @@ def test_instructions_keep_their_order_and_text(tmp_path: Path) -> None:
         ("- {name: a, text: 3}", "0.text"),
         ("- {name: a, text: [b}", "no YAML"),
         ("- !!python/object/apply:os.system ['touch canary']", "no YAML"),
-        ("- &a {name: x, text: *a}", "0.text"),
-        ("- &a [*a]", "0"),
+        ("- &a {name: x, text: *a}", "no YAML: an alias that contains itself"),
+        ("- &a [*a]", "an alias that contains itself"),
     ],
 )
 def test_a_bad_file_is_refused_by_entry(tmp_path: Path, text: str, told: str) -> None:
