@@ -12,11 +12,12 @@ import av
 import numpy as np
 import yaml
 
+from mimir_precompute.clip_facts import describe_clip
 from mimir_precompute.clips import read_clip
 from mimir_precompute.config import Bucket, ModelSource
 from mimir_precompute.decode_latents import load_decoder
 from mimir_precompute.encoders.vae import VaeEncoder
-from mimir_precompute.inspect_clip import describe_clip, posterior_mean, read_clip_tensors
+from mimir_precompute.inspect_clip import posterior_mean, read_clip_tensors
 from mimir_precompute.page.charts import LineChart, Series, line_chart, smoothed
 from mimir_precompute.page.pictures import Moving, moving_picture, psnr_db
 from mimir_precompute.page.render import render_page

@@ -162,14 +162,17 @@ def inspect(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Print all that is known of one clip; decode its latents back to video."""
+    """Print all that is known of one clip; decode its latents back to video. Exit code 4 if its bytes are damaged."""
     from mimir_precompute.commands import run_inspect
     from mimir_precompute.messages import describe_inspection
 
     described = run_inspect(cache, key, video, models=models, vae=vae, device=device)
-    echo(json.dumps(described) if as_json else describe_inspection(described))
+    # a user's own columns may hold dates and the like
+    echo(json.dumps(described, default=str) if as_json else describe_inspection(described))
     if video is not None and not as_json:
         echo(f"{video}: the latents, decoded")
+    if not all(facts.get("matches", True) for facts in described["features"].values()):
+        raise typer.Exit(4)
 
 
 def diff(

@@ -3,7 +3,6 @@
 import csv
 import glob
 import io
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -14,13 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mimir_precompute.clip_row import Problems, caption_problem, extra_problem, name_problem, seconds_of, text_problem
 from mimir_shared.errors import InputError
+from mimir_shared.plain_documents import parse_json
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".gif")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_MAX_TEXT_BYTES = 2**24
+"""Of a caption or a JSON document in a tar."""
 _KEY_COLUMNS = ("key", "id")
-_SHOWN_PROBLEMS = 10
 
 
 @dataclass(kw_only=True)
@@ -43,25 +45,6 @@ class ClipList:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-
-class _Problems:
-    """Collects what is wrong with the input, so that one error lists it all."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._found: list[str] = []
-
-    def add(self, what: str) -> None:
-        self._found.append(what)
-
-    def raise_if_any(self) -> None:
-        if self._found:
-            shown = "; ".join(self._found[:_SHOWN_PROBLEMS])
-            more = len(self._found) - _SHOWN_PROBLEMS
-            rest = f"; and {more} more" if more > 0 else ""
-            count = "1 problem" if len(self._found) == 1 else f"{len(self._found)} problems"
-            raise InputError(f"{self._where}: {count}: {shown}{rest}; mend the input and run it again")
 
 
 def read_clip_list(
@@ -111,41 +94,15 @@ def _check_keys(clips: ClipList, where: str) -> None:
     seen: dict[str, int] = {}
     for key in clips.keys:
         seen[key] = seen.get(key, 0) + 1
-    problems = _Problems(where)
+    problems = Problems(where)
     for key, count in seen.items():
         if count > 1:
             problems.add(f"duplicate key {key!r} ({count} times)")
     problems.raise_if_any()
 
 
-def _caption_problem(caption: object) -> str | None:
-    """Say what is wrong with a caption; None where it can be used."""
-    if caption is None:
-        return "no caption"
-    if not isinstance(caption, str):
-        return f"the caption is {type(caption).__name__}, expected text"
-    if not caption.strip():
-        return "empty caption"
-    try:
-        caption.encode()
-    except UnicodeEncodeError as fault:
-        return f"caption not UTF-8 (lone surrogate at character {fault.start})"
-    return None
-
-
-def _seconds(value: object, name: str) -> float | None:
-    if value is None or value == "" or value != value:  # NaN: how data frames write a missing number
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{name} is {value!r}, expected seconds")
-    seconds = float(value)
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{name} is {value!r}, expected seconds from 0")
-    return seconds
-
-
 def _read_table(path: Path, video_key: str, caption_key: str, limit: int | None) -> ClipList:
-    readers: dict[str, Callable[[Path, _Problems], Iterator[tuple[str, dict[str, Any]]]]] = {
+    readers: dict[str, Callable[[Path, Problems], Iterator[tuple[str, dict[str, Any]]]]] = {
         ".jsonl": _jsonl_rows,
         ".ndjson": _jsonl_rows,
         ".csv": _csv_rows,
@@ -153,7 +110,7 @@ def _read_table(path: Path, video_key: str, caption_key: str, limit: int | None)
     }
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: cannot be read as a list of clips; expected .jsonl, .csv or .parquet, or tars")
-    problems = _Problems(str(path))
+    problems = Problems(str(path))
     clips = ClipList(root=Path(os.path.abspath(path.parent)))
     for where, row in readers[path.suffix.lower()](path, problems):
         if limit is not None and len(clips) >= limit:
@@ -164,32 +121,37 @@ def _read_table(path: Path, video_key: str, caption_key: str, limit: int | None)
 
 
 def _add_row(
-    clips: ClipList, row: dict[str, Any], where: str, video_key: str, caption_key: str, problems: _Problems
+    clips: ClipList, row: dict[str, Any], where: str, video_key: str, caption_key: str, problems: Problems
 ) -> None:
     source = row.get(video_key)
     caption = row.get(caption_key)
-    wrong = _caption_problem(caption)
+    wrong = caption_problem(caption)
     if not isinstance(source, str) or not source:
         wrong = f"no {video_key!r} (has {', '.join(sorted(map(str, row))) or 'nothing'}; see --video-key)"
-    elif "\0" in source:
-        wrong = f"{video_key!r} holds a NUL character"
+    elif problem := name_problem(source):
+        wrong = f"{video_key!r} {problem}"
     elif "://" in source:
         wrong = f"{source!r}: addresses are not read, only files"
     elif caption is None and caption_key not in row:
         wrong = f"no {caption_key!r} (see --caption-key)"
     try:
-        start_s, end_s = _seconds(row.get("start_s"), "start_s"), _seconds(row.get("end_s"), "end_s")
+        start_s, end_s = seconds_of(row.get("start_s"), "start_s"), seconds_of(row.get("end_s"), "end_s")
         if end_s is not None and end_s <= (start_s or 0.0):
             wrong = wrong or f"end_s {end_s} is not after start_s {start_s or 0.0}"
     except ValueError as fault:
         start_s = end_s = None
         wrong = wrong or str(fault)
+    key_column = next((name for name in _KEY_COLUMNS if row.get(name) not in (None, "")), None)
+    if key_column is not None and (problem := text_problem(str(row[key_column]))):
+        wrong = wrong or f"{key_column!r} {problem}"
+    own = {video_key, caption_key, "start_s", "end_s", key_column}
+    extra = {name: value for name, value in row.items() if name not in own}
+    wrong = wrong or extra_problem(extra)
     if wrong is not None:
         problems.add(f"{where}: {wrong}")
         return
     assert isinstance(source, str), where
     assert isinstance(caption, str), where
-    key_column = next((name for name in _KEY_COLUMNS if row.get(name) not in (None, "")), None)
     clips.keys.append(source + _trim_name(start_s, end_s) if key_column is None else str(row[key_column]))
     clips.sources.append(source)
     clips.captions.append(caption)
@@ -197,8 +159,7 @@ def _add_row(
     clips.source_offsets.append(None)
     clips.starts_s.append(start_s)
     clips.ends_s.append(end_s)
-    own = {video_key, caption_key, "start_s", "end_s", key_column}
-    _add_extra(clips, {name: value for name, value in row.items() if name not in own})
+    _add_extra(clips, extra)
 
 
 def _trim_name(start_s: float | None, end_s: float | None) -> str:
@@ -223,18 +184,18 @@ def _file_bytes(path: str | Path) -> int | None:
         return None  # whatever is wrong with it is found out, and told, when it is read
 
 
-def _jsonl_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             where = f"line {number}"
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as fault:
                 problems.add(f"{where}: not UTF-8 (byte 0x{line[fault.start]:02x} at {fault.start})")
                 continue
-            except (ValueError, RecursionError) as fault:
+            except ValueError as fault:
                 problems.add(f"{where}: not JSON ({fault})")
                 continue
             if isinstance(row, dict):
@@ -243,7 +204,7 @@ def _jsonl_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str
                 problems.add(f"{where}: {type(row).__name__}, expected an object")
 
 
-def _csv_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -261,7 +222,7 @@ def _csv_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, 
             yield where, {name: value if value != "" else None for name, value in row.items()}
 
 
-def _parquet_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         file = pq.ParquetFile(path)
         number = 0
@@ -273,13 +234,13 @@ def _parquet_rows(path: Path, problems: _Problems) -> Iterator[tuple[str, dict[s
         problems.add(f"not readable as Parquet ({str(fault).splitlines()[0]})")
 
 
-def _decode_text(data: bytes, where: str, problems: _Problems) -> str | None:
+def _decode_text(data: bytes, where: str, problems: Problems) -> str | None:
     try:
         caption = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as fault:
         problems.add(f"{where}: not UTF-8 (byte 0x{data[fault.start]:02x} at {fault.start})")
         return None
-    wrong = _caption_problem(caption)
+    wrong = caption_problem(caption)
     if wrong is not None:
         problems.add(f"{where}: {wrong}")
         return None
@@ -288,7 +249,7 @@ def _decode_text(data: bytes, where: str, problems: _Problems) -> str | None:
 
 def _read_folder(path: Path, limit: int | None) -> ClipList:
     """Videos and images, each with a .txt of the same name beside it."""
-    problems = _Problems(str(path))
+    problems = Problems(str(path))
     clips = ClipList(root=Path(os.path.abspath(path)))
     endings = VIDEO_ENDINGS + IMAGE_ENDINGS
     for file in sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in endings):
@@ -323,7 +284,7 @@ def _read_tars(paths: Iterable[str], limit: int | None) -> ClipList:
     names = [Path(path) for path in paths]
     root = Path(os.path.abspath(names[0].parent))
     clips = ClipList(root=root)
-    problems = _Problems(", ".join(path.name for path in names[:3]) + (", …" if len(names) > 3 else ""))
+    problems = Problems(", ".join(path.name for path in names[:3]) + (", …" if len(names) > 3 else ""))
     for path in names:
         try:
             with tarfile.open(path, "r:") as tar:
@@ -341,7 +302,10 @@ def _tar_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
     """Members grouped as webdataset does: by the name up to the first dot of its last part, when adjacent."""
     stem, members = "", dict[str, tarfile.TarInfo]()
     for entry in tar:
-        if not entry.isfile():
+        if entry.size < 0:
+            raise tarfile.ReadError(f"{entry.name!r} has {entry.size} bytes")  # the library would go round in circles
+        # links, devices and folders are passed over; a sparse file does not lie in the tar as it is
+        if not entry.isfile() or entry.issparse():
             continue
         folder, _, base = entry.name.rpartition("/")
         first, _, ending = base.partition(".")
@@ -361,9 +325,13 @@ def _add_tar_sample(
     tar_name: str,
     stem: str,
     members: dict[str, tarfile.TarInfo],
-    problems: _Problems,
+    problems: Problems,
 ) -> None:
     where = f"{tar_name}::{stem}"
+    for ending in (".txt", ".json"):
+        if ending in members and members[ending].size > _MAX_TEXT_BYTES:
+            problems.add(f"{where}{ending}: {members[ending].size} bytes; the limit is {_MAX_TEXT_BYTES}")
+            return
     media = [entry for ending, entry in members.items() if ending.endswith(VIDEO_ENDINGS + IMAGE_ENDINGS)]
     if len(media) != 1:
         problems.add(f"{where}: {len(media)} videos or images, expected one (has {', '.join(sorted(members))})")
@@ -373,12 +341,12 @@ def _add_tar_sample(
         caption = _decode_text(_member_bytes(tar, members[".txt"]), f"{where}.txt", problems)
     elif ".json" in members:
         try:
-            document = json.loads(_member_bytes(tar, members[".json"]))
+            document = parse_json(_member_bytes(tar, members[".json"]))
             text = document.get("text", document.get("caption"))
-        except (ValueError, AttributeError, RecursionError) as fault:
+        except (ValueError, AttributeError) as fault:
             problems.add(f"{where}.json: not a JSON object ({fault})")
             return
-        wrong = _caption_problem(text)
+        wrong = caption_problem(text)
         if wrong is None:
             caption = text
         else:

@@ -17,7 +17,7 @@ from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_p
 from mimir_precompute.presets import find_preset
 from mimir_precompute.termination import working_on
 from mimir_shared.errors import CacheError, InputError
-from mimir_shared.feature_folder import find_features, select_features
+from mimir_shared.feature_folder import select_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.open_storage import open_storage
@@ -152,7 +152,8 @@ def run_inspect(
     cache: str, key: str, video: Path | None, *, models: str | None, vae: str | None, device: str
 ) -> dict[str, Any]:
     """Describe one clip; decode its latents to `video` if that is given."""
-    from mimir_precompute.inspect_clip import describe_clip, posterior_mean, read_clip_tensors, write_video
+    from mimir_precompute.clip_facts import describe_clip
+    from mimir_precompute.inspect_clip import find_clip, find_sample, posterior_mean, write_video
 
     storage = open_storage(cache)
     described = describe_clip(storage, key)
@@ -161,9 +162,9 @@ def run_inspect(
 
         plan = read_plan(storage)
         preset = find_preset(plan.settings.preset) if plan.settings.preset else None
-        tensors = read_clip_tensors(storage, key, "latents")
-        (spec, *_) = [folder.read_spec() for folder in find_features(storage) if folder.feature == "latents"]
+        folder, record, sample = find_sample(storage, find_clip(plan, key), "latents")
+        _, tensors = folder.read_sample(record, sample)
         source = model_source(ModelOptions(models=models, vae=vae), preset, "vae", True)
-        decoder = load_decoder(source, spec.identity, choose_device(device))
+        decoder = load_decoder(source, folder.read_spec().identity, choose_device(device))
         write_video(video, decoder.decode_latents(posterior_mean(tensors)), plan.settings.fps)
     return described

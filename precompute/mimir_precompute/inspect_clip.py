@@ -1,9 +1,9 @@
-"""All that a cache knows of one clip, and its latents decoded back to a video."""
+"""Finding one clip in a plan and its samples in a cache, and its latents decoded back to a video."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -11,9 +11,12 @@ import numpy as np
 from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FeatureTensor
-from mimir_shared.manifest import SampleRecord
+from mimir_shared.manifest import CommitRecord, SampleRecord
 from mimir_shared.plan_file import Plan, PlannedClip, read_plan
 from mimir_shared.storage_protocol import Storage
+
+_MOST_KEYS_COMPARED = 100_000
+"""Spelling is compared with no more keys than this, which takes about a second."""
 
 
 def find_clip(plan: Plan, key: str) -> PlannedClip:
@@ -22,89 +25,50 @@ def find_clip(plan: Plan, key: str) -> PlannedClip:
     Raises: InputError that names similar keys.
     """
     newest = plan.newest_rows()
-    if key not in newest:
-        alike = sorted(known for known in newest if known.rsplit(".", 1)[0] == key)
-        if len(alike) != 1:
-            near = sorted(known for known in newest if key.lower() in known.lower())[:5]
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise InputError(f"key {key!r}: not in the plan of {len(newest)} clips{hint}")
-        key = alike[0]
-    shard, row = newest[key]
+    shard, row = newest[complete_key(key, newest)]
     return plan.shard_clips(shard)[row]
 
 
-def describe_clip(storage: Storage, key: str) -> dict[str, Any]:
-    """Everything known of one clip, as plain JSON values."""
-    plan = read_plan(storage)
-    clip = find_clip(plan, key)
-    described: dict[str, Any] = {
-        "key": clip.key,
-        "caption": clip.caption,
-        "source": clip.source,
-        "source_root": plan.settings.source_root,
-        "source_bytes": clip.source_bytes,
-        "start_s": clip.start_s,
-        "end_s": clip.end_s,
-        "shard": clip.shard,
-        "row": clip.row,
-        "features": {},
-    }
+def complete_key(key: str, known: Iterable[str]) -> str:
+    """The key that is meant: the same, or the only one that differs by its file ending alone.
+
+    Raises: InputError that names similar keys.
+    """
+    keys = known if isinstance(known, Mapping | set) else set(known)
+    if key in keys:
+        return key
+    alike = sorted(one for one in keys if one.rsplit(".", 1)[0] == key)
+    if len(alike) == 1:
+        return alike[0]
+    near = alike or sorted(one for one in keys if key and key.lower() in one.lower())
+    if not near and len(keys) <= _MOST_KEYS_COMPARED:
+        near = difflib.get_close_matches(key, sorted(keys), n=5)
+    hint = f"; did you mean {', '.join(near[:5])}?" if near else ""
+    raise InputError(f"key {key!r}: not in the plan of {len(keys)} clips{hint}")
+
+
+def find_sample(storage: Storage, clip: PlannedClip, feature: str) -> tuple[FeatureFolder, CommitRecord, SampleRecord]:
+    """Where a cache holds one feature of a clip; the first fingerprint at which it is ok.
+
+    Raises: InputError where the cache has none of it.
+    """
+    why = f"not in {storage.root} yet"
     for folder in find_features(storage):
-        described["features"][f"{folder.feature}/{folder.fingerprint}"] = _describe_feature(folder, clip)
-    return described
-
-
-def _describe_feature(folder: FeatureFolder, clip: PlannedClip) -> dict[str, Any]:
-    generation = folder.generations().get(clip.shard)
-    if generation is None:
-        return {"status": "not encoded yet"}
-    record = folder.read_record(clip.shard, generation)
-    sample = record.samples[clip.row]
-    described: dict[str, Any] = {"status": sample.status, "generation": generation, "bucket": sample.bucket}
-    if sample.stored is None:
-        return {**described, "stage": sample.stage, "reason": sample.reason, "detail": sample.detail}
-    document, tensors = folder.read_sample(record, sample)
-    files = [f"{folder.directory}/{data_file.path}" for data_file in record.metadata.files]
-    described["file"] = files[sample.stored.json_file]
-    described["tensors"] = [
-        {
-            **_describe_tensor(tensors[place.name]),
-            "name": place.name,
-            "file": files[place.file],
-            "offset": place.offset,
-            "nbytes": place.nbytes,
-        }
-        for place in sample.stored.tensors
-    ]
-    described["document"] = {name: value for name, value in document.items() if name not in ("key", "caption")}
-    return described
-
-
-def _describe_tensor(tensor: FeatureTensor) -> dict[str, Any]:
-    described: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.array.shape)}
-    if tensor.dtype != "i32" and tensor.array.size:
-        values = tensor.to_float32().astype(np.float64)
-        described |= {"mean": float(values.mean()), "std": float(values.std())}
-        described |= {"min": float(values.min()), "max": float(values.max())}
-    return described
+        generation = folder.generations().get(clip.shard) if folder.feature == feature else None
+        if generation is None:
+            continue
+        record = folder.read_record(clip.shard, generation)
+        sample = record.samples[clip.row]
+        if sample.stored is not None:
+            return folder, record, sample
+        why = f"quarantined at {sample.stage}: {sample.reason} ({sample.detail})"
+    raise InputError(f"{clip.key!r} has no {feature}: {why}")
 
 
 def read_clip_tensors(storage: Storage, key: str, feature: str) -> Mapping[str, FeatureTensor]:
     """The tensors of one clip. Raises InputError where the cache has none of it."""
-    clip = find_clip(read_plan(storage), key)
-    for folder in find_features(storage):
-        if folder.feature == feature:
-            generation = folder.generations().get(clip.shard)
-            if generation is not None:
-                record = folder.read_record(clip.shard, generation)
-                sample: SampleRecord = record.samples[clip.row]
-                if sample.stored is None:
-                    raise InputError(
-                        f"{clip.key!r} has no {feature}: quarantined at {sample.stage}: {sample.reason} "
-                        f"({sample.detail})"
-                    )
-                return folder.read_sample(record, sample)[1]
-    raise InputError(f"{clip.key!r} has no {feature} in {storage.root} yet")
+    folder, record, sample = find_sample(storage, find_clip(read_plan(storage), key), feature)
+    return folder.read_sample(record, sample)[1]
 
 
 def posterior_mean(tensors: Mapping[str, FeatureTensor]) -> np.ndarray:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mimir_precompute.config import Instruction
 from mimir_shared.errors import InputError
+from mimir_shared.plain_documents import parse_yaml
 
 _MAX_BYTES = 1_000_000
 
@@ -34,8 +35,8 @@ def read_instructions(path: str) -> tuple[Instruction, ...]:
     if len(data) > _MAX_BYTES:
         raise InputError(f"{where}: has {len(data)} bytes; expected a short list of name and text")
     try:
-        entries = _LIST.validate_python(yaml.safe_load(data))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
+        entries = _LIST.validate_python(parse_yaml(data))
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise InputError(f"{where}: is no YAML: {' '.join(str(fault).split())[:200]}") from fault
     except ValidationError as fault:
         first = fault.errors()[0]

@@ -23,6 +23,7 @@ from mimir_shared.errors import InputError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.layout import lease_directory, lease_name
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.process_identity import life_of, process_domain
 from mimir_shared.storage import LocalStorage, machine_faults
 
@@ -67,7 +68,7 @@ def read_lease(storage: LocalStorage, name: str) -> SeenLease | None:
         # opened, not only looked at, for a network file system then asks its server for the time
         with open(storage.path(name), "rb") as file:
             touched_s = os.fstat(file.fileno()).st_mtime
-            owner = json.loads(file.read())
+            owner = parse_json(file.read())
         return SeenLease(name=name, touched_s=touched_s, **owner)
     except OSError:
         return None

@@ -255,23 +255,53 @@ def describe_garbage(cache: str, report: GcReport) -> str:
 
 def describe_inspection(described: dict[str, Any]) -> str:
     """All that is known of one clip, a line for each fact."""
-    lines = [f"{name}: {value}" for name, value in described.items() if name != "features" and value is not None]
+    removed = " (a later plan removed it; this is its last row)" if described["state"] == "removed" else ""
+    lines = [f"{described['key']}{removed}", f"  caption: {described['caption']}"]
+    source_now = described["source_now"].get("fault") or f"xxh3 {described['source_now'].get('xxh3')} now"
+    size = "unknown" if described["source_bytes"] is None else f"{described['source_bytes']} bytes"
+    lines.append(f"  source: {described['source_root']}/{described['source']}, {size} when planned, {source_now}")
+    lines.append(f"  plan {described['plan']}: shard {described['shard']}, row {described['row']}")
+    own = {name: described[name] for name in ("source_offset", "bucket", "start_s", "end_s")}
+    lines += [f"  {name}: {value}" for name, value in (own | described["columns"]).items() if value is not None]
+    for row in described["history"]:
+        where = f" as shard {row['shard']}, row {row['row']}: {row['caption']!r}" if "shard" in row else ""
+        lines.append(f"  history: {row['change']} by plan {row['plan']}{where}")
     for feature, facts in described["features"].items():
-        lines.append(f"{feature}: {facts['status']}")
-        for name, value in facts.items():
-            if name == "tensors":
-                lines += [f"    {_describe_tensor(tensor)}" for tensor in value]
-            elif name == "document":
-                lines += [f"    {line}" for line in _describe_document(value)]
-            elif name != "status" and value is not None:
-                lines.append(f"    {name}: {value}")
+        lines.append(f"{feature}: {facts['status']}{_describe_match(facts, described['source_now'], feature)}")
+        lines += [f"  {line}" for line in _describe_facts(facts)]
     return "\n".join(lines)
+
+
+def _describe_match(facts: dict[str, Any], source_now: dict[str, Any], feature: str) -> str:
+    """Whether what is stored is what was written, and of what the source is now."""
+    if "matches" not in facts:
+        return ""
+    match = ", its bytes match their hashes" if facts["matches"] else ", DAMAGED"
+    if feature.startswith("latents/") and "xxh3" in source_now and source_now["xxh3"] != facts["source_xxh3"]:
+        match += ", but the source has changed since"
+    return match
+
+
+def _describe_facts(facts: dict[str, Any]) -> list[str]:
+    told_apart = ("status", "matches", "text", "tensors", "document")
+    lines = [f"{name}: {value}" for name, value in facts.items() if name not in told_apart and value is not None]
+    if "text" in facts:
+        lines.append(f"text: {_byte_range(facts['text'])}, xxh3 {facts['text']['xxh3']}")
+    for tensor in facts.get("tensors", ()):
+        elsewhere = "" if tensor["file"] == facts["file"] else f" of {tensor['file']}"
+        lines.append(f"{_describe_tensor(tensor)}{elsewhere}")
+    return lines + _describe_document(facts.get("document", {}))
 
 
 def _describe_tensor(tensor: dict[str, Any]) -> str:
     shape = "x".join(str(size) for size in tensor["shape"])
+    valid = f" ({tensor['valid_rows']} rows valid)" if tensor["valid_rows"] is not None else ""
     values = "".join(f" {name} {tensor[name]:.4g}" for name in ("mean", "std", "min", "max") if name in tensor)
-    return f"{tensor['name']}: {tensor['dtype']} {shape}, {tensor['nbytes']} bytes at {tensor['offset']}{values}"
+    return f"{tensor['name']}: {tensor['dtype']} {shape}{valid}{values}, {_byte_range(tensor)}"
+
+
+def _byte_range(place: dict[str, Any]) -> str:
+    return f"bytes {place['offset']} to {place['offset'] + place['nbytes'] - 1} ({place['nbytes']})"
 
 
 def _describe_document(document: dict[str, Any]) -> list[str]:

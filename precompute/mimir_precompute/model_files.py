@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from mimir_precompute.config import ModelSource
 from mimir_shared.errors import InputError, MachineError
+from mimir_shared.plain_documents import parse_json
 
 JsonValue = Any
 """What `json` reads and writes; the library gives it no type."""
@@ -243,7 +244,7 @@ def _read_object(file: Path, where: str, why: str) -> dict[str, JsonValue]:
     if not file.is_file():
         raise InputError(f"{where}: no {file.name} there" + (f"; {why}" if why else ""))
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{where}: {file.name} is not JSON ({error}); fetch or save the model again") from error
     if not isinstance(value, dict):

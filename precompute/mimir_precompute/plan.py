@@ -1,5 +1,6 @@
 """Which clips there are, and in which shard and row each will stand: compared with the plan that exists."""
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import pyarrow as pa
 import xxhash
 
 from mimir_precompute.clip_list import ClipList
+from mimir_precompute.clip_row import text_problem
 from mimir_precompute.config import Bucket, Geometry
 from mimir_precompute.presets import find_preset
 from mimir_shared.errors import CacheError, InputError
@@ -230,13 +232,23 @@ def _write(storage: Storage, settings: PlanSettings, clips: ClipList, fresh: lis
 
 def _extra_array(values: list[Any], order: list[int], gone: int) -> pa.Array:
     chosen = [values[i] for i in order] + [None] * gone
-    try:
-        return pa.array(chosen)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        # a column of mixed types keeps its values as JSON text
-        return pa.array(
-            [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in chosen]
-        )
+    with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeEncodeError):
+        array = pa.array(chosen)
+        if _fits_parquet(array.type):
+            return array
+    # mixed types, integers of more than 64 bits, lone surrogates, empty objects: kept as JSON text
+    return pa.array([None if value is None else _as_json(value) for value in chosen])
+
+
+def _fits_parquet(kind: pa.DataType) -> bool:
+    """Whether Parquet can hold it: no object without a field."""
+    children = [kind.field(index).type for index in range(kind.num_fields)]
+    return not (pa.types.is_struct(kind) and not children) and all(_fits_parquet(child) for child in children)
+
+
+def _as_json(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isascii() or text_problem(text) is None else json.dumps(value, default=str)
 
 
 def report_json(report: PlanReport) -> str:

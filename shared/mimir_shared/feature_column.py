@@ -4,7 +4,6 @@ All that reads samples by the index comes through `read_into`: it fills memory t
 the storage for bytes that lie together, and compares their hash.
 """
 
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from mimir_shared.clip_table import ClipTable
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import NUMPY_DTYPES, DType
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.snapshot import Snapshot
 from mimir_shared.storage_protocol import Storage
 
@@ -130,7 +130,7 @@ class FeatureColumn:
                 f"{self._where(part.file, number)}: its text does not match the hash in the commit record; the shard "
                 f"is damaged: {self._verify_command}"
             )
-        document = json.loads(data)
+        document = parse_json(data)
         assert isinstance(document, dict), f"clip {self._clips[number]}: the text is {type(document)}"
         return document
 

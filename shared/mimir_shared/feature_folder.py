@@ -1,6 +1,5 @@
 """One feature of a cache at one fingerprint: its spec, its commit records, its data files."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
@@ -20,6 +19,7 @@ from mimir_shared.manifest import (
     read_record_metadata,
     read_record_table,
 )
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.shard_files import ShardFiles
 from mimir_shared.storage_protocol import Storage
 
@@ -66,7 +66,7 @@ class FeatureFolder:
         name = spec_name(self.feature, self.fingerprint)
         where = f"{self.storage.root}/{name}"
         try:
-            spec = FeatureSpec.model_validate(json.loads(self.storage.read(name)))
+            spec = FeatureSpec.model_validate(parse_json(self.storage.read(name)))
         except FileNotFoundError as fault:
             raise CacheError(f"{where}: missing; the folder is no feature of this program, or it is damaged") from fault
         except (ValidationError, ValueError) as fault:

@@ -4,7 +4,6 @@ A shard is done exactly when its record exists. The record holds one row per pla
 it, and where its bytes lie; nothing of clocks, hosts or folders, so that equal runs give equal records.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureName
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.safetensors_bytes import TensorPlace
 from mimir_shared.sealed import read_sealed_metadata, read_sealed_table, write_sealed_table
 
@@ -173,7 +173,7 @@ def _parse_metadata(footer: dict[str, str], where: str) -> RecordMetadata:
     if "mimir" not in footer:
         raise CacheError(f"{where}: no commit record of ours: its footer has {sorted(footer)}, expected 'mimir'")
     try:
-        document = json.loads(footer["mimir"])
+        document = parse_json(footer["mimir"])
         version = document.get("version") if isinstance(document, dict) else None
         if version != RECORD_VERSION:
             raise CacheError(

@@ -4,7 +4,6 @@ A later file holds the clips that are new or changed since, in shards of their o
 every clip that is gone. The newest row of a key wins; older rows are superseded.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.layout import plan_name
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.sealed import read_sealed_table, write_sealed_table
 from mimir_shared.storage_protocol import Storage
 
@@ -203,7 +203,7 @@ def read_plan_file(data: bytes, where: str) -> PlanFile:
     """Check and parse one plan file. Raises CacheError."""
     table, footer = read_sealed_table(data, where)
     try:
-        settings = PlanSettings.model_validate(json.loads(footer.get("mimir", "null")))
+        settings = PlanSettings.model_validate(parse_json(footer.get("mimir", "null")))
     except (ValidationError, ValueError) as fault:
         raise CacheError(
             f"{where}: not a plan of version {PLAN_VERSION}: {' '.join(str(fault).splitlines()[:3])}"

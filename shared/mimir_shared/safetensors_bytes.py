@@ -5,7 +5,9 @@ not say at what offset a tensor came to lie; the cache needs equal bytes and the
 by the library in the tests.
 """
 
+import itertools
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import numpy as np
 
 from mimir_shared.errors import CacheError
 from mimir_shared.features import NUMPY_DTYPES, DType, FeatureTensor
+from mimir_shared.plain_documents import parse_json
 
 _NAMES: dict[str, str] = {"bf16": "BF16", "f16": "F16", "f32": "F32", "i32": "I32"}
 _ALIGNMENT = 8
@@ -66,11 +69,13 @@ def read_header(data: bytes, where: str) -> list[TensorPlace]:
     try:
         (length,) = struct.unpack_from("<Q", data)
         assert length <= min(_MAX_HEADER_BYTES, len(data) - 8), f"header of {length} bytes in a file of {len(data)}"
-        header = json.loads(data[8 : 8 + length])
+        header = parse_json(data[8 : 8 + length])
         places = []
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
+                numbers = (begin, end, *entry["shape"])
+                assert all(type(number) is int and number >= 0 for number in numbers), f"{name!r} has {numbers}"
                 places.append(
                     TensorPlace(
                         name=name,
@@ -82,7 +87,11 @@ def read_header(data: bytes, where: str) -> list[TensorPlace]:
                 )
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, struct.error) as fault:
         raise CacheError(f"{where}: not a readable safetensors file ({fault}); it is damaged") from fault
-    return sorted(places, key=lambda place: place.offset)
+    places.sort(key=lambda place: place.offset)
+    for before, after in itertools.pairwise(places):
+        if after.offset < before.offset + before.nbytes:
+            raise CacheError(f"{where}: {before.name!r} and {after.name!r} share bytes; the file is damaged")
+    return places
 
 
 def read_tensors(data: bytes, where: str) -> dict[str, FeatureTensor]:
@@ -96,9 +105,9 @@ def tensor_at(data: bytes | bytearray | memoryview, place: TensorPlace, *, base:
     Raises: CacheError where the place lies outside the bytes or its size does not fit its shape.
     """
     dtype = NUMPY_DTYPES[place.dtype]
-    count = int(np.prod(place.shape, dtype=np.int64))
+    count = math.prod(place.shape)  # in Python's integers: a product of hostile dims must not wrap around
     begin = place.offset - base
-    if count * dtype.itemsize != place.nbytes or begin < 0 or begin + place.nbytes > len(data):
+    if count * dtype.itemsize != place.nbytes or min((begin, *place.shape)) < 0 or begin + place.nbytes > len(data):
         raise CacheError(
             f"{where}: {place.name!r} should take {count * dtype.itemsize} bytes for dims {place.shape}, "
             f"its place has {place.nbytes} at offset {place.offset} of {base + len(data)}; the file is damaged"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.safetensors_bytes import tensors_to_safetensors
 
 _ZEROS = b"0" * 64
@@ -89,8 +90,12 @@ def write_sealed_json(document: Mapping[str, object]) -> bytes:
 def read_sealed_json(data: bytes, where: str) -> dict[str, object]:
     """Check the seal, then parse; the entry "seal" stays in. Raises CacheError."""
     _check(data, _JSON_MARK, where)
-    document = json.loads(data)
-    assert isinstance(document, dict), f"{where}: a sealed document is an object"
+    try:
+        document = parse_json(data)
+    except ValueError as fault:
+        raise CacheError(f"{where}: not JSON, though its seal is right ({fault}); restore it from a copy") from fault
+    if not isinstance(document, dict):
+        raise CacheError(f"{where}: expected an object, got {type(document).__name__}; restore it from a copy")
     return document
 
 

@@ -4,7 +4,6 @@ Both formats keep every tensor of a sample as one range of raw bytes, and the te
 parsed here. What comes out was checked against the hashes in the record.
 """
 
-import json
 from typing import Any
 
 import xxhash
@@ -12,6 +11,7 @@ import xxhash
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.features import FeatureTensor
 from mimir_shared.manifest import CommitRecord, SampleRecord, StoredSample
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.safetensors_bytes import tensor_at
 from mimir_shared.storage_protocol import Storage
 
@@ -31,7 +31,7 @@ class ShardFiles:
         data = self._read(stored.json_file, stored.json_offset, stored.json_nbytes)
         if len(data) != stored.json_nbytes or xxhash.xxh3_64_intdigest(data) != stored.json_xxh3:
             raise CacheError(self._damaged(stored.json_file, sample, "text"))
-        document = json.loads(data)
+        document = parse_json(data)
         assert isinstance(document, dict), f"{self._where(stored.json_file)}: {sample.key!r} has no object as text"
         return document
 

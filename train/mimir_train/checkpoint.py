@@ -12,7 +12,6 @@ Nothing in it is pickled, and no file of it is believed before its sha256 was co
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.sealed import read_sealed_json, write_sealed_json
 from mimir_shared.storage import machine_faults
 from mimir_train.fuser_folder import save_fuser
@@ -247,7 +247,7 @@ def read_checkpoint_info(path: Path, *, parts: Collection[str] | None = None) ->
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
     """Scalars and optimizer state of a checkpoint that `find_checkpoint` found good. Raises CacheError."""
     try:
-        state = TrainingState.model_validate(json.loads((folder / STATE).read_text()))
+        state = TrainingState.model_validate(parse_json((folder / STATE).read_text()))
         tensors = load_file(folder / OPTIMIZER)
     except (OSError, ValueError, SafetensorError) as fault:
         raise CacheError(f"{folder}: {' '.join(str(fault).splitlines()[:3])}; written by another release?") from fault

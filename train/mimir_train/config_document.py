@@ -15,6 +15,7 @@ import yaml
 
 from mimir_shared.errors import InputError
 from mimir_shared.fingerprint import differences, fingerprint
+from mimir_shared.plain_documents import parse_yaml
 from mimir_train.config import TrainConfig
 
 Document = dict[str, Any]
@@ -50,7 +51,7 @@ be read: a run that ended by one may go on without it."""
 def read_document(path: Path) -> Document:
     """Read a YAML file of settings. Raises InputError where it is none."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as fault:
         raise InputError(f"--config {path}: cannot be read: {fault.strerror}") from fault
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
@@ -68,7 +69,7 @@ def parse_assignment(text: str) -> Document:
     if not equals or not all(name.split(".")):
         raise InputError(f"--set {text}: expected section.name=value, for instance optimizer.learning_rate=1e-5")
     try:
-        return nest(name, yaml.safe_load(value))
+        return nest(name, parse_yaml(value))
     except yaml.YAMLError as fault:
         raise InputError(f"--set {text}: the value is not YAML: {' '.join(str(fault).split())}") from fault
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError
+from mimir_shared.plain_documents import parse_json
 from mimir_train.config_document import from_document, to_document
 from mimir_train.model.config import FuserConfig
 from mimir_train.model.fuser import TokenFuser
@@ -48,7 +49,7 @@ def load_fuser(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
     Raises: CacheError where the folder is damaged, or its weights are not those of its config.
     """
     try:
-        document = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        document = parse_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         state_dict = load_file(folder / WEIGHTS_NAME, device=str(device))
     except (OSError, ValueError, SafetensorError) as fault:
         raise CacheError(f"{folder}: no readable fuser ({fault}); copy it again") from fault

@@ -1,11 +1,11 @@
 """Where the transformer of a new run comes from: a diffusers folder, the hub, or nothing but its sizes."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_shared.errors import InputError, MachineError
+from mimir_shared.plain_documents import parse_json
 from mimir_train.config import SCRATCH, ModelConfig
 from mimir_train.model.config import DiTConfig
 from mimir_train.transformer_folder import find_transformer_folder, read_transformer_config
@@ -79,7 +79,7 @@ def _download(name: str, repository: str, revision: str | None) -> Path:
 
 def _vae_scaling_factor(pipeline: Path) -> float | None:
     try:
-        factor = json.loads((pipeline / "vae" / "config.json").read_text(encoding="utf-8")).get("scaling_factor")
+        factor = parse_json((pipeline / "vae" / "config.json").read_text(encoding="utf-8")).get("scaling_factor")
     except (OSError, ValueError, AttributeError):
         return None  # no VAE beside it, or none of ours to judge: then nothing is known
     return float(factor) if isinstance(factor, int | float) else None

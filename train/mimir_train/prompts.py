@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mimir_shared.errors import InputError
+from mimir_shared.plain_documents import parse_json
 
 Json = Any
 """What `json` reads; the library gives it no type."""
@@ -124,7 +125,7 @@ def _read_vbench(text: str, where: str) -> list[str]:
 
 def _parse(text: str, where: str) -> Json:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as fault:
         raise InputError(f"--prompts {where}: not JSON: {fault}") from fault
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mimir_shared.errors import InputError
 from mimir_shared.fingerprint import differences
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.storage import machine_faults
 from mimir_train.frozen_models import write_video
 
@@ -71,7 +72,7 @@ class SampleFolder:
         path = self.root / SETTINGS_NAME
         if path.is_file():
             try:
-                existing = json.loads(path.read_text(encoding="utf-8"))
+                existing = parse_json(path.read_text(encoding="utf-8"))
                 changed = [f"{field}: {old!r} → {new!r}" for field, old, new in differences(existing, settings)]
             except (ValueError, AttributeError, TypeError) as fault:
                 raise InputError(f"{path}: not readable ({fault}); choose another --output-dir") from fault
@@ -136,7 +137,7 @@ class SampleFolder:
         if not path.is_file():
             return []
         try:
-            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            entries = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             return [{**entry, "file": str(entry["file"])} for entry in entries]
         except (ValueError, TypeError, KeyError) as fault:
             raise InputError(f"{path}: not readable ({fault!r}); remove it and run the same command again") from fault

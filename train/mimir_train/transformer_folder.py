@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError
+from mimir_shared.plain_documents import parse_json
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 
@@ -65,7 +66,7 @@ def read_transformer_config(folder: Path) -> DiTConfig:
     """
     path = find_transformer_folder(folder) / CONFIG_NAME
     try:
-        document: Json = json.loads(path.read_text(encoding="utf-8"))
+        document: Json = parse_json(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(document, dict):
@@ -156,7 +157,7 @@ def _read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device 
     index_path = folder / INDEX_NAME
     if index_path.is_file():
         try:
-            weight_map: Mapping[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            weight_map: Mapping[str, str] = parse_json(index_path.read_text(encoding="utf-8"))["weight_map"]
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise CacheError(f"{index_path}: not an index of safetensors files ({error!r}); copy it again") from error
         paths = [folder / name for name in sorted(set(weight_map.values()))]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mimir_shared.errors import CacheError
 from mimir_shared.fingerprint import fingerprint
+from mimir_shared.plain_documents import parse_json
 
 VALIDATION_FOLDER = "validation"
 LATENTS_NAME = "latents.safetensors"
@@ -76,7 +77,7 @@ def read_validation_latents(folder: Path) -> ValidationLatents:
     """Raises CacheError where a file is missing, damaged, or does not fit the other."""
     path = folder / PROMPTS_NAME
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
         prompts: Sequence[str] = document["prompts"]
         tensors = load_file(folder / LATENTS_NAME)
         if sorted(tensors) != sorted(str(i) for i in range(len(prompts))):
