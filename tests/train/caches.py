@@ -47,6 +47,14 @@ def bf16(values: np.ndarray) -> FeatureTensor:
     return FeatureTensor(float32_to_bf16_bits(values), "bf16")
 
 
+def offsets(tokens: int, rows: int, characters: int) -> FeatureTensor:
+    """Of tokens that are each so many characters long; the rows behind them stand for none."""
+    starts = np.arange(rows, dtype=np.int32) * characters
+    pairs = np.stack([starts, starts + characters], axis=1)
+    pairs[tokens:] = 0
+    return FeatureTensor(pairs, "i32")
+
+
 def kind_of(key: str) -> int:
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % KINDS
 
@@ -62,7 +70,11 @@ def make_feature(feature: FeatureName, key: str, bucket: str) -> Encoded:
     if feature == "t5":
         embeds = normal(f"t5 {kind}", T5_ROWS, T5_WIDTH)
         ids = np.zeros(T5_ROWS, np.int32)
-        tensors = {"t5_embeds": bf16(embeds), "t5_ids": FeatureTensor(ids, "i32")}
+        tensors = {
+            "t5_embeds": bf16(embeds),
+            "t5_ids": FeatureTensor(ids, "i32"),
+            "t5_offsets": offsets(5, T5_ROWS, 2),
+        }
         return Encoded(tensors=tensors, valid_rows={"t5_embeds": 5})
     if feature == "answers":
         return Encoded(document={"variants": []})
@@ -70,8 +82,11 @@ def make_feature(feature: FeatureName, key: str, bucket: str) -> Encoded:
     return Encoded(
         tensors={
             "query_hidden": bf16(normal(f"query {kind}", 3 + length, LLM_WIDTH)),
+            "query_offsets": offsets(3 + length, 3 + length, 3),
             "answer_hidden_0": bf16(normal(f"answer {kind}", length, LLM_WIDTH)),
             "instruction_hidden_0": bf16(normal(f"instructions {kind}", NUM_INSTRUCTIONS, LLM_WIDTH)),
+            "answer_hidden_1": bf16(normal(f"other answer {kind}", 2 + length, LLM_WIDTH)),
+            "instruction_hidden_1": bf16(normal(f"other instructions {kind}", NUM_INSTRUCTIONS, LLM_WIDTH)),
         }
     )
 
@@ -92,12 +107,17 @@ def identity_of(feature: FeatureName, buckets: tuple[str, ...], model_name: str 
             for bucket in buckets
         }
     elif feature == "t5":
-        tensors = [_entry("t5_embeds", "bf16", "L D", T5_ROWS, T5_WIDTH), _entry("t5_ids", "i32", "L", T5_ROWS)]
+        tensors = [
+            _entry("t5_embeds", "bf16", "L D", T5_ROWS, T5_WIDTH),
+            _entry("t5_ids", "i32", "L", T5_ROWS),
+            _entry("t5_offsets", "i32", "L 2", T5_ROWS, 2),
+        ]
     elif feature == "llm":
         tensors = [
             _entry("query_hidden", "bf16", "M H", None, LLM_WIDTH),
-            _entry("answer_hidden_0", "bf16", "A H", None, LLM_WIDTH),
-            _entry("instruction_hidden_0", "bf16", "K H", NUM_INSTRUCTIONS, LLM_WIDTH),
+            _entry("query_offsets", "i32", "M 2", None, 2),
+            *(_entry(f"answer_hidden_{v}", "bf16", "A H", None, LLM_WIDTH) for v in (0, 1)),
+            *(_entry(f"instruction_hidden_{v}", "bf16", "K H", NUM_INSTRUCTIONS, LLM_WIDTH) for v in (0, 1)),
         ]
     return {"feature": feature, "model": {"name": model_name}, "max_length": T5_ROWS, "tensors": tensors}
 

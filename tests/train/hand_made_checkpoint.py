@@ -130,7 +130,7 @@ def write_checkpoint(
                 },
                 "objective": {"snr_shift_scale": snr_shift_scale},
                 "fuser": fuser_document(model.fuser.config),
-                "text": {"t5_rows": T5_ROWS, "answer_variant": 0, "empty_text": empty_text},
+                "text": {"t5_rows": T5_ROWS, "text_align": "index", "empty_text": empty_text},
             }
         )
 

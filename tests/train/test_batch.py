@@ -9,11 +9,13 @@ import torch
 
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
+from mimir_train.answer_variants import VariantChoice
 from mimir_train.batch import (
     BatchLoader,
     FeatureLayout,
     TrainingBatch,
     clips_of_step,
+    collate_text,
     find_layout,
     pad_to_torch,
     read_batch,
@@ -21,6 +23,7 @@ from mimir_train.batch import (
     to_torch,
 )
 from mimir_train.cache_reader import Cache, open_cache
+from mimir_train.config import AnswerVariant
 from mimir_train.order import TrainingOrder
 from mimir_train.step_reader import ReadOptions
 from tests.train.caches import (
@@ -96,6 +99,41 @@ def test_a_batch_holds_what_the_cache_holds(cache: Cache) -> None:
         assert torch.equal(text.llm.query_hidden[i][text.llm.query_mask[i]], queries)
         assert torch.equal(text.llm.answer_hidden[i][text.llm.answer_mask[i]], answers)
         assert torch.equal(text.llm.instruction_hidden[i], to_torch([llm["instruction_hidden_0"]])[0])
+
+
+@pytest.mark.parametrize("policy", ["fixed", "cycle", "random"])
+def test_each_clip_is_read_with_the_answers_that_its_epoch_and_key_choose(cache: Cache, policy: AnswerVariant) -> None:
+    layout = find_layout(cache, llm=True)
+    choice = VariantChoice(policy=policy, seed=3, num_variants=layout.num_variants)
+    order = TrainingOrder(cache.buckets(), seed=1, global_batch_size=8)
+    seen: dict[str, list[int]] = {}
+    for batch in BatchLoader(cache, order, layout, variants=choice).batches(0, 2 * order.steps_per_epoch):
+        variants = choice.of(batch.epoch, [clip.key for clip in batch.clips])
+        assert batch.text.llm is not None
+        for i, (clip, variant) in enumerate(zip(batch.clips, variants, strict=True)):
+            seen.setdefault(clip.key, []).append(variant)
+            llm = make_feature("llm", clip.key, VIDEO).tensors
+            answers = to_torch([llm[f"answer_hidden_{variant}"]])[0]
+            assert torch.equal(batch.text.llm.answer_hidden[i][batch.text.llm.answer_mask[i]], answers)
+            instructions = to_torch([llm[f"instruction_hidden_{variant}"]])[0]
+            assert torch.equal(batch.text.llm.instruction_hidden[i], instructions)
+    both = [set(variants) == {0, 1} for variants in seen.values() if len(variants) == 2]
+    assert {"fixed": not any(both), "cycle": all(both), "random": any(both) and not all(both)}[policy], both
+
+
+def test_tokens_are_laid_out_by_characters_alike_for_one_clip_and_for_many(cache: Cache) -> None:
+    layout = find_layout(cache, llm=True, text_align="char_offset")
+    _, _, together = read_batch(cache, layout, [5, 17, 2], verify=True)
+    assert together.llm is not None
+    assert together.llm.query_hidden.shape == (3, T5_ROWS, LLM_WIDTH)
+    for i, number in enumerate([5, 17, 2]):
+        t5, llm = cache.read(number, "t5"), cache.read(number, "llm")
+        alone = collate_text([t5], [llm], t5_rows=T5_ROWS, text_align="char_offset")
+        assert alone.llm is not None
+        assert torch.equal(alone.llm.query_hidden[0], together.llm.query_hidden[i])
+        # T5's tokens have two characters here and the LLM's three: the second of T5's lies on the first two of those
+        want = torch.from_numpy(llm["query_hidden"].to_float32()[:2].mean(axis=0)).to(torch.bfloat16)
+        assert torch.equal(alone.llm.query_hidden[0, 1], want)
 
 
 def test_a_fuser_without_llm_does_not_read_it(cache: Cache) -> None:

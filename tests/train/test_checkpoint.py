@@ -62,7 +62,7 @@ def test_a_checkpoint_has_the_agreed_layout_and_nothing_pickled(trained: Path) -
     assert document["files"].keys() == {*names} - {"checkpoint.json"}
     assert document["data"]["buckets"] == [VIDEO]
     assert document["data"]["features"].keys() == {"latents", "t5", "answers", "llm"}
-    assert document["text"] == {"t5_rows": T5_ROWS, "answer_variant": 0, "empty_text": "zeros"}
+    assert document["text"] == {"t5_rows": T5_ROWS, "text_align": "index", "empty_text": "zeros"}
     assert document["objective"] == {"snr_shift_scale": 3.0}
     assert list((trained / "checkpoints").glob(".*")) == []
 

@@ -3,7 +3,7 @@
 Ragged tensors are padded to the longest of the batch, with masks; bfloat16 is taken over bit for bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -14,14 +14,17 @@ from torch import Tensor
 from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
+from mimir_train.answer_variants import VariantChoice
 from mimir_train.bad_samples import clip_at
 from mimir_train.batch_reader import BatchReader, HostBatch, TensorRequest
 from mimir_train.cache_reader import Cache
+from mimir_train.config import TextAlign
 from mimir_train.device_copy import copied_ahead
 from mimir_train.model.fuser import LlmFeatures
 from mimir_train.objective import TextFeatures
 from mimir_train.order import TrainingOrder, rank_positions
 from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
+from mimir_train.text_alignment import align_by_characters
 
 LATENT_TENSORS: Final = ("vae_moments", "vae_sample", "vae_mean")
 """What a cache may hold of the posterior, the fullest first: that one is trained on."""
@@ -44,11 +47,13 @@ class FeatureLayout:
     """Whether the fuser reads the LLM's features."""
     llm_width: int | None
     num_instructions: int | None
-    answer_variant: int = 0
-    """Which of the cached answers is read."""
+    num_variants: int = 1
+    """Answers that the cache holds to each prompt."""
+    text_align: TextAlign = "index"
+    """By what the LLM's tokens are laid onto T5's."""
 
 
-def find_layout(cache: Cache, *, llm: bool) -> FeatureLayout:
+def find_layout(cache: Cache, *, llm: bool, text_align: TextAlign = "index") -> FeatureLayout:
     """Take the layout from the specs. Raises InputError where `llm` is wanted and absent, CacheError for odd specs."""
     buckets = cache.snapshot.buckets
     latents_spec, t5_spec = cache.spec("latents"), cache.spec("t5")
@@ -76,6 +81,8 @@ def find_layout(cache: Cache, *, llm: bool) -> FeatureLayout:
         llm=llm,
         llm_width=instructions[1],
         num_instructions=instructions[0],
+        num_variants=max(1, sum(name.startswith("answer_hidden_") for name in llm_sizes)),
+        text_align=text_align,
     )
 
 
@@ -155,23 +162,32 @@ def pad_to_torch(tensors: Sequence[FeatureTensor], num_rows: int | None = None) 
 
 
 def collate_text(
-    t5: Sequence[dict[str, FeatureTensor]], llm: Sequence[dict[str, FeatureTensor]] | None, layout: FeatureLayout
+    t5: Sequence[Mapping[str, FeatureTensor]],
+    llm: Sequence[Mapping[str, FeatureTensor]] | None,
+    *,
+    t5_rows: int,
+    text_align: TextAlign,
+    variant: int = 0,
 ) -> TextFeatures:
     """The text of some clips as the fuser takes it.
 
     Args:
         t5, llm: the tensors of each clip; llm is None for a fuser that does not read it.
+        t5_rows, text_align: as FeatureLayout has them.
+        variant: whose answers are taken.
     """
-    t5_embeds, _ = pad_to_torch([tensors["t5_embeds"] for tensors in t5], layout.t5_rows)  # (B, L, D)
+    t5_embeds, _ = pad_to_torch([tensors["t5_embeds"] for tensors in t5], t5_rows)  # (B, L, D)
     if llm is None:
         return TextFeatures(t5_embeds, None)
-    variant = layout.answer_variant
     query_hidden, query_mask = pad_to_torch([tensors["query_hidden"] for tensors in llm])  # (B, M, H), (B, M)
     answer_hidden, answer_mask = pad_to_torch([tensors[f"answer_hidden_{variant}"] for tensors in llm])
     instruction_hidden = to_torch([tensors[f"instruction_hidden_{variant}"] for tensors in llm])  # (B, K, H)
-    return TextFeatures(
-        t5_embeds, LlmFeatures(query_hidden, query_mask, answer_hidden, answer_mask, instruction_hidden)
-    )
+    features = LlmFeatures(query_hidden, query_mask, answer_hidden, answer_mask, instruction_hidden)
+    if text_align == "char_offset":
+        query_offsets, _ = pad_to_torch([tensors["query_offsets"] for tensors in llm])  # (B, M, 2)
+        t5_offsets, _ = pad_to_torch([tensors["t5_offsets"] for tensors in t5], t5_rows)  # (B, L, 2)
+        features = align_by_characters(features, query_offsets, t5_offsets)
+    return TextFeatures(t5_embeds, features)
 
 
 def batch_requests(layout: FeatureLayout) -> list[TensorRequest]:
@@ -181,25 +197,29 @@ def batch_requests(layout: FeatureLayout) -> list[TensorRequest]:
         TensorRequest(feature="t5", name="t5_embeds", num_rows=layout.t5_rows),
     ]
     if layout.llm:
-        variant = layout.answer_variant
-        names = ("query_hidden", f"answer_hidden_{variant}", f"instruction_hidden_{variant}")
-        requests += [TensorRequest(feature="llm", name=name) for name in names]
+        requests.append(TensorRequest(feature="llm", name="query_hidden"))
+        for name in ("answer_hidden", "instruction_hidden"):
+            variants = tuple(f"{name}_{variant}" for variant in range(layout.num_variants))
+            requests.append(TensorRequest(feature="llm", name=name, variants=variants))
+    if layout.llm and layout.text_align == "char_offset":
+        requests.append(TensorRequest(feature="t5", name="t5_offsets", num_rows=layout.t5_rows))
+        requests.append(TensorRequest(feature="llm", name="query_offsets"))
     return requests
 
 
 def text_of(host: HostBatch, layout: FeatureLayout) -> TextFeatures:
-    """The text of a batch as the fuser takes it; views of the batch but for the masks."""
+    """The text of a batch as the fuser takes it; views of the batch but for the masks and what is laid out anew."""
     if not layout.llm:
         return TextFeatures(host.tensors["t5_embeds"], None)
-    variant = layout.answer_variant
-    query, answer = "query_hidden", f"answer_hidden_{variant}"
     llm = LlmFeatures(
-        host.tensors[query],  # (B, M, H)
-        host.mask(query),  # (B, M)
-        host.tensors[answer],
-        host.mask(answer),
-        host.tensors[f"instruction_hidden_{variant}"],  # (B, K, H)
+        host.tensors["query_hidden"],  # (B, M, H)
+        host.mask("query_hidden"),  # (B, M)
+        host.tensors["answer_hidden"],  # (B, A, H)
+        host.mask("answer_hidden"),  # (B, A)
+        host.tensors["instruction_hidden"],  # (B, K, H)
     )
+    if layout.text_align == "char_offset":
+        llm = align_by_characters(llm, host.tensors["query_offsets"], host.tensors["t5_offsets"])
     return TextFeatures(host.tensors["t5_embeds"], llm)
 
 
@@ -219,7 +239,7 @@ def read_batch(
 def read_empty_text(cache: Cache, layout: FeatureLayout) -> TextFeatures:
     """The cached features of the empty prompt, with B = 1. Raises CacheError."""
     llm = [cache.read_empty("llm")] if layout.llm else None
-    return collate_text([cache.read_empty("t5")], llm, layout)
+    return collate_text([cache.read_empty("t5")], llm, t5_rows=layout.t5_rows, text_align=layout.text_align)
 
 
 class BatchLoader:
@@ -237,15 +257,18 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         options: ReadOptions | None = None,
+        variants: VariantChoice | None = None,
         device: torch.device | None = None,
     ) -> None:
         """
         Args:
+            variants: which of the cached answers are read; None: the first.
             device: where batches are wanted; None: the CPU.
         """
         self._cache = cache
         self._order = order
         self._layout = layout
+        self._variants = variants or VariantChoice()
         self._positions = tuple(rank_positions(order.global_batch_size, rank, world_size))
         self._device = device if device is not None and device.type == "cuda" else None
         options = options or ReadOptions()
@@ -255,7 +278,7 @@ class BatchLoader:
     def batches(self, first_step: int, stop_step: int) -> Iterator[TrainingBatch]:
         """The batches of steps first_step … stop_step-1."""
         with StepReader(
-            self._cache, self._order, batch_requests(self._layout), self._positions, self._options
+            self._cache, self._order, batch_requests(self._layout), self._positions, self._options, self._variants
         ) as reader:
             read = (self._training_batch(batch) for batch in reader.steps(first_step, stop_step))
             if self._device is None:

@@ -30,8 +30,14 @@ class TensorRequest:
 
     feature: FeatureName
     name: str
+    """In the batch; in the cache as well, unless there are `variants`."""
     num_rows: int | None = None
     """To pad the first dim to; None: as stored, and where it is ragged to the longest of the batch, at least 1."""
+    variants: tuple[str, ...] = ()
+    """Names in the cache, of which each clip's own variant is read."""
+
+    def stored_name(self, variant: int) -> str:
+        return self.variants[variant] if self.variants else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,7 @@ class HostBatch:
 class _Place:
     """Where a tensor of the batch lies in its slot."""
 
-    name: str
+    request: TensorRequest
     dtype: DType
     shape: tuple[int, ...]
     offset: int
@@ -70,13 +76,14 @@ class PendingBatch:
     """A batch that is being read: a Work of one part a clip."""
 
     def __init__(
-        self, columns: Sequence[FeatureColumn], places: Sequence[_Place], slot: np.ndarray, numbers: Sequence[int], *,
-        verify: bool, scratch: "_Scratch",
+        self, columns: Sequence[FeatureColumn], places: Sequence[_Place], slot: np.ndarray, numbers: Sequence[int],
+        variants: Sequence[int], *, verify: bool, scratch: "_Scratch",
     ) -> None:  # fmt: skip
         self.numbers = tuple(numbers)
         self.job: Job | None = None
         self._columns = columns
-        self._places = {place.name: place for place in places}
+        self._places = places
+        self._variants = tuple(variants)
         self._slot = slot
         self._verify = verify
         self._scratch = scratch
@@ -88,12 +95,13 @@ class PendingBatch:
     def do(self, part: int) -> None:
         number = self.numbers[part]
         memory = self._slot.data
+        places = {place.request.stored_name(self._variants[part]): place for place in self._places}
         for column in self._columns:
             buffers = []
             unwanted = 0
             for tensor in column.tensors:
                 nbytes = int(tensor.nbytes[number])
-                place = self._places.get(tensor.name)
+                place = places.get(tensor.name)
                 if place is None:
                     # read all the same: it lies between the others, and the hash is over all of them
                     buffers.append(self._scratch.take(unwanted, nbytes))
@@ -108,12 +116,13 @@ class PendingBatch:
     def tensors(self) -> HostBatch:
         """Views of the slot, once every clip is read."""
         tensors, lengths = {}, {}
-        for place in self._places.values():
+        for place in self._places:
             stored = self._slot[place.offset : place.end].view(NUMPY_DTYPES[place.dtype]).reshape(place.shape)
             values = torch.from_numpy(stored)
-            tensors[place.name] = values.view(torch.bfloat16) if place.dtype == "bf16" else values
+            name = place.request.name
+            tensors[name] = values.view(torch.bfloat16) if place.dtype == "bf16" else values
             if place.lengths is not None:
-                lengths[place.name] = torch.tensor(place.lengths)
+                lengths[name] = torch.tensor(place.lengths)
         return HostBatch(tensors=tensors, lengths=lengths)
 
 
@@ -140,7 +149,9 @@ class BatchReader:
         features = list(dict.fromkeys(request.feature for request in requests))
         self._columns = [cache.column(feature) for feature in features]
         stored = {tensor.name: tensor for column in self._columns for tensor in column.tensors}
-        self._wanted = [(request, stored[request.name]) for request in requests]
+        self._wanted = [
+            (request, tuple(stored[name] for name in request.variants or (request.name,))) for request in requests
+        ]
         self.memory = BatchMemory(sum(_bound(*wanted) for wanted in self._wanted) * batch_size, pinned=pinned)
         self._batch_size = batch_size
         self._borrow = borrow
@@ -154,12 +165,17 @@ class BatchReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, numbers: Sequence[int], *, verify: bool) -> PendingBatch:
-        """Queue the reading of some clips of one bucket; it begins when those queued before are read."""
+    def start(self, numbers: Sequence[int], *, verify: bool, variants: Sequence[int] = ()) -> PendingBatch:
+        """Queue the reading of some clips of one bucket; it begins when those queued before are read.
+
+        Args:
+            variants: which of a request's variants is read of each clip; () for the first of all.
+        """
         assert 0 < len(numbers) <= self._batch_size, f"{len(numbers)} clips, {self._batch_size} at most"
-        places = _places(self._wanted, np.asarray(numbers))
+        variants = variants or (0,) * len(numbers)
+        places = _places(self._wanted, numbers, variants)
         slot = self.memory.borrow() if self._borrow else self.memory.lend()
-        pending = PendingBatch(self._columns, places, slot, numbers, verify=verify, scratch=self._scratch)
+        pending = PendingBatch(self._columns, places, slot, numbers, variants, verify=verify, scratch=self._scratch)
         pending.job = self._threads.start(pending)
         if self._borrow:
             self._borrowed[id(pending)] = slot
@@ -193,12 +209,18 @@ class _Scratch(threading.local):
         return memoryview(self._buffer)[start : start + nbytes]
 
 
-def _places(wanted: Sequence[tuple[TensorRequest, TensorColumn]], numbers: np.ndarray) -> list[_Place]:
+def _places(
+    wanted: Sequence[tuple[TensorRequest, tuple[TensorColumn, ...]]], numbers: Sequence[int], variants: Sequence[int]
+) -> list[_Place]:
     """Cut a slot into the tensors of a batch."""
     places = []
     end = 0
-    for request, tensor in wanted:
-        shapes = tensor.shape[numbers].tolist()
+    for request, columns in wanted:
+        tensor = columns[0]
+        if len(columns) == 1:
+            shapes = tensor.shape[np.asarray(numbers)].tolist()
+        else:
+            shapes = [columns[v].shape[number].tolist() for number, v in zip(numbers, variants, strict=True)]
         first, *inner = shapes[0]
         assert all(dims[1:] == inner for dims in shapes), f"{tensor.name}: clips of {shapes} in one batch"
         rows, lengths = first, None
@@ -208,7 +230,7 @@ def _places(wanted: Sequence[tuple[TensorRequest, TensorColumn]], numbers: np.nd
         assert all(dims[0] <= rows for dims in shapes), f"{tensor.name}: {shapes} for {rows} rows"
         stride = rows * math.prod(inner) * NUMPY_DTYPES[tensor.dtype].itemsize
         place = _Place(
-            name=tensor.name,
+            request=request,
             dtype=tensor.dtype,
             shape=(len(numbers), rows, *inner),
             offset=end,
@@ -220,8 +242,8 @@ def _places(wanted: Sequence[tuple[TensorRequest, TensorColumn]], numbers: np.nd
     return places
 
 
-def _bound(request: TensorRequest, tensor: TensorColumn) -> int:
+def _bound(request: TensorRequest, columns: Sequence[TensorColumn]) -> int:
     """Bytes of a slot that one clip takes at most, for one tensor of a batch."""
-    rows = max(int(tensor.shape[:, 0].max(initial=1)), request.num_rows or 1)
-    inner = tensor.shape[:, 1:].prod(axis=1, dtype=np.int64).max(initial=1)
-    return int(rows * inner * NUMPY_DTYPES[tensor.dtype].itemsize) + _ALIGNMENT
+    rows = max(*(int(column.shape[:, 0].max(initial=1)) for column in columns), request.num_rows or 1)
+    inner = max(int(column.shape[:, 1:].prod(axis=1, dtype=np.int64).max(initial=1)) for column in columns)
+    return rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize + _ALIGNMENT

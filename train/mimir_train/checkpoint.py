@@ -83,7 +83,7 @@ class TextRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     t5_rows: int
-    answer_variant: int
+    text_align: Literal["index", "char_offset"] = "index"
     empty_text: Literal["zeros", "cached"] = Field("zeros", description="what stood in place of dropped text")
 
 

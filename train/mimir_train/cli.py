@@ -67,6 +67,12 @@ def run(
     fuser: Annotated[str | None, typer.Option(help="baseline, direct, norm, norm_ss, zeroconv, zeroconv_ss, "
                                               "norm_zeroconv or mimir.", show_default=False,
                                               rich_help_panel=_MODEL)] = None,
+    text_align: Annotated[str | None, typer.Option(help="How the LLM's tokens meet T5's: index (row by row) or "
+                                                   "char_offset (by the characters that both cover).",
+                                                   show_default=False, rich_help_panel=_MODEL)] = None,
+    answer_variant: Annotated[str | None, typer.Option(help="Which of several cached answers is read: fixed (the "
+                                                       "greedy one), cycle or random, anew each epoch.",
+                                                       show_default=False, rich_help_panel=_DATA)] = None,
     stabilizer_start_step: Annotated[int | None, typer.Option(help="Append the stabilizer tokens from this step on.",
                                                               show_default=False, rich_help_panel=_MODEL)] = None,
     init_from: Annotated[str | None, typer.Option(help="Diffusers folder, hub id, or scratch.", show_default=False,
@@ -118,9 +124,11 @@ def run(
                 "data.verify_reads": verify_reads,
                 "data.on_bad_sample": on_bad_sample,
                 "data.empty_text": empty_text,
+                "data.answer_variant": answer_variant,
                 "data.local_cache_dir": cache_dir,
                 "data.local_cache_gb": cache_dir_gb,
                 "model.fuser": fuser,
+                "model.text_align": text_align,
                 "model.stabilizer_start_step": stabilizer_start_step,
                 "model.init_from": init_from,
                 "optimizer.learning_rate": learning_rate,

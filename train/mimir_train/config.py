@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from mimir_shared.errors import InputError
 from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
@@ -14,6 +14,8 @@ from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
 
 VerifyReads = Literal["always", "first-epoch", "never"]
 OnBadSample = Literal["error", "substitute"]
+AnswerVariant = Literal["fixed", "cycle", "random"]
+TextAlign = Literal["index", "char_offset"]
 EmptyText = Literal["zeros", "cached"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "bfloat16"]
@@ -61,6 +63,8 @@ class DataConfig:
     """Folder on a near disk that keeps what is read from a bucket; ranks of a machine share it. None: keep nothing."""
     local_cache_gb: float = DEFAULT_LOCAL_CACHE_GB
     """The most that may lie in it, in 10^9 bytes."""
+    answer_variant: AnswerVariant = "fixed"
+    """Which of several cached answers is read: always the first, each in turn over the epochs, or one at random."""
     empty_text: EmptyText = "zeros"
     """What a clip gets in place of its text when that is dropped: zeros, or the cached features of the empty prompt."""
 
@@ -72,6 +76,8 @@ class DataConfig:
         held_out = self.validation_shards
         _require(held_out is None or held_out >= 0, "data.validation_shards", "0 or more", held_out)
         _require(self.local_cache_gb > 0, "--cache-dir-gb", "more than 0", self.local_cache_gb)
+        policy, policies = self.answer_variant, get_args(AnswerVariant)
+        _require(policy in policies, "--answer-variant", f"one of {', '.join(policies)}", repr(policy))
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", "at least 1", self.prefetch_batches)
         _require(self.reader_threads >= 1, "data.reader_threads", "at least 1", self.reader_threads)
         _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", "from 0 to 1", self.max_bad_share)
@@ -83,6 +89,8 @@ class ModelConfig:
 
     fuser: FuserName = "mimir"
     """One of the named token fusers: which parts of it are there."""
+    text_align: TextAlign = "index"
+    """How the LLM's tokens meet T5's: row by row, or by the characters that both cover; the answer comes behind."""
     stabilizer_start_step: int = 0
     """Step from which the stabilizer tokens are appended; until then the transformer sees a text as long as T5's."""
     init_from: str = SCRATCH
@@ -97,6 +105,8 @@ class ModelConfig:
     """Where the fuser's learnable scale starts; None: the root mean square of the snapshot's T5 embeddings."""
 
     def __post_init__(self) -> None:
+        choices = get_args(TextAlign)
+        _require(self.text_align in choices, "--text-align", f"one of {', '.join(choices)}", repr(self.text_align))
         _require(self.fuser in FUSERS, "--fuser", f"one of {', '.join(FUSERS)}", repr(self.fuser))
         start = self.stabilizer_start_step
         _require(start >= 0, "--stabilizer-start-step", "0 or more", start)

@@ -38,7 +38,12 @@ def fit(config: TrainConfig, cache: Cache, initial: InitialTransformer | None = 
     Raises: InputError where the fuser needs `llm` and the cache has none; CacheError where latents or text are not
         of the transformer's size, or were made by a VAE of another scale.
     """
-    layout = find_layout(cache, llm=_reads_llm(config.model, cache))
+    layout = find_layout(cache, llm=_reads_llm(config.model, cache), text_align=config.model.text_align)
+    if config.data.answer_variant != "fixed" and layout.llm and layout.num_variants == 1:
+        raise InputError(
+            f"--answer-variant {config.data.answer_variant}: {cache.storage.root} holds one answer to each prompt; "
+            f"encode with --answer-variants 2 or more, or train with --answer-variant fixed"
+        )
     if initial is None and _has_known_sizes(config):
         check_sizes(config.model.transformer, layout, cache, config.model.init_from)  # before gigabytes are fetched
     initial = initial or find_initial_transformer(config.model)

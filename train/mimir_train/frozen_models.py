@@ -30,10 +30,10 @@ from mimir_precompute.encoders.build import build_encoder
 from mimir_precompute.identity import LLM_LAYER_NAMES, feature_identity, resolve_models, tensor_specs
 from mimir_precompute.inspect_clip import write_video
 from mimir_shared.errors import CacheError, InputError
-from mimir_shared.features import FEATURES, FeatureName, FeatureTensor
+from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.fingerprint import differences
-from mimir_train.batch import pad_to_torch, to_torch
-from mimir_train.model.fuser import LlmFeatures
+from mimir_train.batch import collate_text
+from mimir_train.config import TextAlign
 from mimir_train.objective import TextFeatures
 
 JsonValue = Any
@@ -123,7 +123,7 @@ class FrozenModels:
         self,
         texts: Sequence[str],
         t5_rows: int,
-        answer_variant: int,
+        text_align: TextAlign,
         progress: Progress,
     ) -> dict[str, TextFeatures]:
         """Encode each text as captions were encoded; "" gives the features of the empty prompt.
@@ -132,18 +132,20 @@ class FrozenModels:
 
         Args:
             t5_rows: L; ragged rows are padded with zeros up to it.
-            answer_variant: whose answer is read.
+            text_align: how the LLM's tokens meet T5's, as in training.
         Returns: by text, features with B = 1 on the CPU; `llm` is None where no `llm` feature is made here.
         """
         encoded: dict[FeatureName, dict[str, Encoded]] = {}
         for feature in self._features:
             if feature != "latents":
                 answers = encoded.get("answers", {})
-                encoded[feature] = self._encode(feature, texts, answer_variant, answers, progress)
+                encoded[feature] = self._encode(feature, texts, answers, progress)
         return {
-            text: TextFeatures(
-                pad_to_torch([encoded["t5"][text].tensors["t5_embeds"]], t5_rows)[0],  # (1, L, D)
-                _llm_features(encoded["llm"][text].tensors, answer_variant) if "llm" in encoded else None,
+            text: collate_text(
+                [encoded["t5"][text].tensors],
+                [encoded["llm"][text].tensors] if "llm" in encoded else None,
+                t5_rows=t5_rows,
+                text_align=text_align,
             )
             for text in texts
         }
@@ -163,12 +165,11 @@ class FrozenModels:
         self,
         feature: FeatureName,
         texts: Sequence[str],
-        answer_variant: int,
         answers: Mapping[str, Encoded],
         progress: Progress,
     ) -> dict[str, Encoded]:
-        # variants beyond the one that is read need not be made; each has random numbers of its own
-        settings = replace(self._settings, answers=replace(self._settings.answers, variants=answer_variant + 1))
+        # of several answers the first is read, the greedy one; the others need not be made
+        settings = replace(self._settings, answers=replace(self._settings.answers, variants=1))
         encoded: dict[str, Encoded] = {}
         progress.start(f"texts through {feature}", len(texts))
         with self._loaded(feature, settings) as encoder:
@@ -309,10 +310,3 @@ def _short(value: JsonValue) -> str:
     text = value if isinstance(value, str) else repr(value)
     is_digest = len(text) == 64 and all(digit in "0123456789abcdef" for digit in text)
     return text[:12] if is_digest else text if len(text) <= 60 else text[:57] + "..."
-
-
-def _llm_features(tensors: Mapping[str, FeatureTensor], variant: int) -> LlmFeatures:
-    query_hidden, query_mask = pad_to_torch([tensors["query_hidden"]])  # (1, M, H), (1, M)
-    answer_hidden, answer_mask = pad_to_torch([tensors[f"answer_hidden_{variant}"]])  # (1, A, H), (1, A)
-    instruction_hidden = to_torch([tensors[f"instruction_hidden_{variant}"]])  # (1, K, H)
-    return LlmFeatures(query_hidden, query_mask, answer_hidden, answer_mask, instruction_hidden)

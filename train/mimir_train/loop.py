@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from mimir_train.answer_variants import VariantChoice
 from mimir_train.bad_samples import BadSampleLog
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
@@ -178,6 +179,9 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, paralle
             threads=config.data.reader_threads,
             on_bad_sample=config.data.on_bad_sample,
             borrow=True,  # a step is done with its batch when it asks for the next
+        ),
+        variants=VariantChoice(
+            policy=config.data.answer_variant, seed=config.run.seed, num_variants=layout.num_variants
         ),
         device=parallel.device,
     )

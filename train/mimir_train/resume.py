@@ -99,7 +99,7 @@ def checkpoint_info(
         fuser=fuser_document(fitted.fuser),
         text=TextRecord(
             t5_rows=fitted.layout.t5_rows,
-            answer_variant=fitted.layout.answer_variant,
+            text_align=fitted.layout.text_align,
             empty_text=config.data.empty_text,
         ),
     )

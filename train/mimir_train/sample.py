@@ -172,7 +172,7 @@ def _encode_texts(
     elif request.guidance.is_on and checkpoint.uses_empty_prompt:
         texts.append("")
     text = checkpoint.info.text
-    return frozen.encode_texts(list(dict.fromkeys(texts)), text.t5_rows, text.answer_variant, progress)
+    return frozen.encode_texts(list(dict.fromkeys(texts)), text.t5_rows, text.text_align, progress)
 
 
 def _make_latents(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mimir_shared.errors import CacheError
+from mimir_train.answer_variants import VariantChoice
 from mimir_train.bad_samples import MAX_ATTEMPTS
 from mimir_train.batch_reader import BatchReader, HostBatch, PendingBatch, TensorRequest
 from mimir_train.cache_reader import Cache
@@ -63,11 +64,14 @@ class StepReader:
         requests: Sequence[TensorRequest],
         positions: Sequence[int],
         options: ReadOptions,
+        variants: VariantChoice | None = None,
     ) -> None:
         """
         Args:
             positions: of the global batch, those that this rank reads.
+            variants: which of a request's variants is read of a clip; None: the first.
         """
+        self._variants = variants or VariantChoice()
         self._cache = cache
         self._order = order
         self._positions = tuple(positions)
@@ -122,7 +126,8 @@ class StepReader:
 
     def _start(self, share: _Share) -> tuple[_Share, PendingBatch]:
         verify = self._options.verify == "always" or (self._options.verify == "first-epoch" and share.epoch == 0)
-        return share, self.reader.start(share.numbers, verify=verify)
+        variants = self._variants.of(share.epoch, [self._cache.clip(number).key for number in share.numbers])
+        return share, self.reader.start(share.numbers, verify=verify, variants=variants)
 
     def _finish(self, share: _Share, pending: PendingBatch) -> tuple[_Share, PendingBatch]:
         """Wait for a batch; with stand-ins for bad clips, until it is whole."""

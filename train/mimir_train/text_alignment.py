@@ -4,16 +4,10 @@ By position alone (`index`) row 7 of the one may be "horse" and row 7 of the oth
 pieces of their own. The offsets that the cache keeps beside the tokens tell which pieces overlap.
 """
 
-from typing import Final, Literal
-
 import torch
 from torch import Tensor
 
 from mimir_train.model.fuser import LlmFeatures
-
-TextAlign = Literal["index", "char_offset"]
-
-TEXT_ALIGNMENTS: Final[tuple[TextAlign, ...]] = ("index", "char_offset")
 
 
 def align_by_characters(llm: LlmFeatures, query_offsets: Tensor, t5_offsets: Tensor) -> LlmFeatures:
