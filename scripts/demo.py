@@ -21,7 +21,8 @@ from mimir_shared.features import FEATURES
 MARKER = ".mimir-demo"
 STORY_NAME = "story.json"
 OWN_NAMES = (
-    "toy", "cache", "cache-uninterrupted", "run", "samples", "prompts.txt", STORY_NAME, "index.html", MARKER,
+    "toy", "cache", "cache-uninterrupted", "run", "samples", "prompts.txt", STORY_NAME, "report.html", "index.html",
+    MARKER,
 )  # fmt: skip
 """All that a demo ever writes into its folder, the marker last: while it is there, the rest may be removed."""
 
@@ -148,6 +149,12 @@ def cache_steps(root: str, models: str) -> list[Step]:
             title="Verify",
             command=f"mimir-precompute verify {root}/cache",
             shows="Every byte is read again and compared with its checksum and with the plan.",
+        ),
+        Step(
+            name="report",
+            title="Look at the whole cache on one page",
+            command=f"mimir-precompute report {root}/cache --out {root}/report.html",
+            shows="Progress, sizes, quarantine, lengths, values and a gallery: what a person looks at before training.",
         ),
         Step(
             name="uninterrupted",

@@ -173,6 +173,7 @@ def build_page(folder: Path) -> str:
         "quarantined": [row for clip in described for row in quarantined_rows(clip)],
         "features": feature_rows(storage, status, described),
         "large_clips": LARGE_CLIPS,
+        "has_report": (folder / "report.html").is_file(),
         "story": story,
         "timeline": timeline(story) if story and len(story["runs"]) == 2 else None,
         "training": read_training(folder / "run", shards, plan.num_shards),

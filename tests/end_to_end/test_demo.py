@@ -115,6 +115,16 @@ def test_captions_and_prompts_are_escaped(page: str) -> None:
     assert not any(tag in ("script", "b") for tag, _ in outline.elements)
 
 
+def test_the_page_leads_to_the_report_where_there_is_one(page: str, demo_folder: Path) -> None:
+    assert Outline(page).attributes("a", "href") == []
+    (report,) = [step for step in demo.plan_steps(demo_folder) if step.name == "report"]
+    done = run(*shlex.split(report.command))
+    assert done.code == 0, done.err
+    assert Outline(demo_page.build_page(demo_folder)).attributes("a", "href") == ["report.html"]
+    assert (demo_folder / "report.html").is_file()
+    assert "report.html" in demo.OWN_NAMES
+
+
 def test_the_page_shows_the_damaged_clip_and_why(page: str) -> None:
     text = " ".join(Outline(page).text.split())
     assert "damaged.mp4 latents decode truncated" in text
@@ -178,7 +188,8 @@ def test_the_steps_are_the_path_that_the_readme_tells() -> None:
     programs = [" ".join(step.command.split()[:2]) for step in steps]
     assert programs == [
         "mimir-precompute toy", "mimir-precompute plan", "mimir-precompute encode", "mimir-precompute status",
-        "mimir-precompute encode", "mimir-precompute verify", "mimir-precompute encode", "mimir-train run",
+        "mimir-precompute encode", "mimir-precompute verify", "mimir-precompute report", "mimir-precompute encode",
+        "mimir-train run",
         "mimir-train sample", "python scripts/demo_page.py",
     ]  # fmt: skip
     by_name = {step.name: step for step in steps}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mimir_precompute.page.render import render_page
-from mimir_precompute.report.channels import channel_figures, drift_figure, value_rows
+from mimir_precompute.report.channels import channel_figures, drift_figure, shards_unlike_others, value_rows
 from mimir_precompute.report.facts import collect_facts
 from mimir_precompute.report.gallery import LatentDecoder, gallery_cards
 from mimir_precompute.report.lengths import bucket_rows, length_figures
@@ -57,6 +57,7 @@ def build_report(
         "channels": channel_figures(scan),
         "values": value_rows(scan),
         "drift": drift_figure(scan),
+        "unlike": shards_unlike_others(storage, scan),
         "instructions": answers.read_spec().identity.get("instructions", []) if answers else [],
         "cards": gallery_cards(scan, reader, sources, plan.settings.fps, gallery, decode_latents),
         "is_decoded": decode_latents is not None,

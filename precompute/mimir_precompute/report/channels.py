@@ -7,9 +7,11 @@ import numpy as np
 
 from mimir_precompute.page.charts import LineChart, Series, Spread, SpreadChart, line_chart, spread_chart
 from mimir_precompute.report.scan import CacheScan
+from mimir_precompute.stats import ShardDrift, read_statistics
 from mimir_shared.features import FEATURES
 from mimir_shared.manifest import TensorStatistics
 from mimir_shared.statistics import merge_statistics
+from mimir_shared.storage_protocol import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,16 @@ def drift_figure(scan: CacheScan) -> DriftFigure | None:
     )
     says = (
         "Mean of a shard less that of the cache, in standard deviations of the cache, in the channel where that is "
-        f"most. Shards are random samples, so they should lie close together; the farthest is shard {farthest[0]:.0f} "
-        f"with {farthest[1]:.2f}."
+        f"most; the farthest is shard {farthest[0]:.0f} with {farthest[1]:.2f}. Shards are random samples, so they lie "
+        "the closer together the more clips they have."
     )
     return DriftFigure(chart=chart, says=says)
+
+
+def shards_unlike_others(storage: Storage, scan: CacheScan) -> list[ShardDrift]:
+    """What `stats` blames, of the features that the page is about."""
+    shown = {(feature, folder.fingerprint[:12]) for feature, folder in scan.features.items()}
+    return [drift for drift in read_statistics(storage).drifts if (drift.feature, drift.fingerprint) in shown]
 
 
 def _distances(parts: Mapping[int, TensorStatistics], whole: TensorStatistics) -> list[tuple[float, float]]:

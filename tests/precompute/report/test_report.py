@@ -4,6 +4,7 @@ import http.server
 import json
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mimir_precompute.plan import PlanRequest, update_plan
 from mimir_precompute.report.build import build_report
 from mimir_precompute.report.command import run_report
 from mimir_precompute.report.gallery import LatentDecoder
+from mimir_precompute.stats import ShardDrift, ShardStatistics
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.plan_file import read_plan
 from mimir_shared.storage import LocalStorage
@@ -226,6 +228,22 @@ def test_of_a_feature_made_twice_the_one_asked_for_is_shown(clips: Path, tmp_pat
     assert "other " + HOSTILE not in text_of(plain)
     assert "The cache holds a feature more than once." in text_of(plain)
     assert text_of(salted) != text_of(plain)
+
+
+def test_shards_that_stats_blames_are_told(cache: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "by more than chance allows" not in page
+    (latents,) = (path.name for path in (cache / "latents").iterdir())
+
+    def blame(feature: str, fingerprint: str, shards: Sequence[ShardStatistics]) -> list[ShardDrift]:
+        return [
+            ShardDrift(feature=feature, fingerprint=fingerprint, shard=2, tensor="vae_moments", channel=3,
+                       measure="std", value=9.0, others=1.0, score=50.0, limit=7.0)
+        ] if feature == "latents" else []  # fmt: skip
+
+    monkeypatch.setattr("mimir_precompute.stats.find_drifts", blame)
+    text = text_of(page_of(cache, latents=latents))
+    assert "1 finding of shards that differ from the others by more than chance allows." in text
+    assert "latents, shard 2: std of vae_moments , channel 3, is 9.000, elsewhere 1.000" in text
 
 
 def test_lengths_of_many_clips_are_those_of_a_sample_and_say_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
