@@ -3,11 +3,11 @@
 python -m benchmarks.keep_busy [--clips 40] [--repeats 5] [--clip-s 0.5] [--memory-clips 100 1000] [--memory-clip-s 0.1]
 
 The accelerator is a stand-in that sleeps so long a clip and gives latents of the real size; everything else is real:
-clips of 49 frames of 480x720 at 8 fps in H.264 (--source: a folder with metadata.jsonl of such instead), decoding,
-checks, statistics, hashes, fsync, commit records, snapshot. Wall time without start-up, which ends when the first clip
-is handed to the accelerator, is compared with the sum of the sleeps. Each run is a process of its own; its memory, and
-that of its children, is looked at every 20 ms. The files are few and stand in the page cache; each is planned under
-many keys.
+clips of 49 frames of 480x720 at 8 fps in H.264 (--source: a folder of such instead), decoding in child processes as
+`encode` does it, checks, statistics, hashes, fsync, commit records, snapshot. Wall time without start-up, which ends
+when the first clip is handed to the accelerator, is compared with the sum of the sleeps. Each run is a process of its
+own; its memory, and that of its children, is looked at every 20 ms. The files are few and stand in the page cache; each
+is planned under many keys.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import psutil
 
 from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.config import Bucket
+from mimir_precompute.decode_sandbox import DecodeSandbox
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.pipeline import EncodeJob, encode_cache
 from mimir_precompute.plan import PlanRequest, update_plan
@@ -94,7 +95,7 @@ class Measured:
 
     clips: int
     start_up_s: float
-    """From the call to the first clip at the accelerator: one clip is decoded in it."""
+    """From the call to the first clip at the accelerator: decoders are started and one clip is decoded in it."""
     busy_s: float
     """The sum of the sleeps, as asked for."""
     rest_s: float
@@ -140,16 +141,18 @@ def run_once(options: argparse.Namespace) -> None:
     update_plan(storage, None, read_clip_list(options.run), request)
     plan = read_plan(storage)
     encoders = StandInEncoders(options.clip_s)
-    job = EncodeJob(
-        storage=storage,
-        plan=plan,
-        encoders=encoders,
-        shards=tuple(range(plan.num_shards)),
-        features=("latents",),
-        decode_workers=options.decode_workers,
-    )
     started_s = time.perf_counter()
-    outcome = encode_cache(job, Progress(quiet=True), RunLog(storage, "stand-in"))
+    with DecodeSandbox() as decoder:
+        job = EncodeJob(
+            storage=storage,
+            plan=plan,
+            encoders=encoders,
+            shards=tuple(range(plan.num_shards)),
+            features=("latents",),
+            decode_workers=options.decode_workers,
+            decoder=decoder,
+        )
+        outcome = encode_cache(job, Progress(quiet=True), RunLog(storage, "stand-in"))
     ended_s = time.perf_counter()
     (feature,) = outcome.features
     assert outcome.snapshot is not None, "the cache is complete"
