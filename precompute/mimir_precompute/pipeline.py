@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
+from mimir_precompute.completion import write_snapshot_if_complete
 from mimir_precompute.data_format import choose_format, refuse_other_format
 from mimir_precompute.drift import refuse_other_identity
 from mimir_precompute.empty_prompt import publish_empty, require_answers
@@ -36,14 +37,14 @@ from mimir_precompute.quarantine import feature_ledger, refuse_mass_loss
 from mimir_precompute.remake import Remake, Remaking
 from mimir_precompute.shard_writer import ShardWriter
 from mimir_shared.errors import TooManyQuarantinedError
-from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
+from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import fingerprint
 from mimir_shared.formats.open_format import open_shard_format
 from mimir_shared.layout import empty_name, spec_name
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan
-from mimir_shared.snapshot import Snapshot, incomplete_shards, list_snapshots, write_snapshot
+from mimir_shared.snapshot import Snapshot
 from mimir_shared.storage import LocalStorage, machine_faults
 
 _CLIPS_TO_WRITE = 16
@@ -268,23 +269,33 @@ def encode_shards(work: FeatureWork) -> None:
     batch_size = work.job.encoders.batch_size(work.folder.feature)
     with closing(work.claims), Crew() as crew:
         encoded_shards: Channel[tuple[int, Channel[EncodedBatch]]] = crew.channel(1)
+        spent: Channel[list[Prepared]] = crew.channel(1)
         crew.start("write", lambda: write_shards(work, encoded_shards))
+        crew.start("let go", lambda: let_go(spent))
         for shard, rows in prepare_shards(crew, work.preparer, work.claims, work.job.decode_workers):
             batches: Channel[EncodedBatch] = crew.channel(max(2, _CLIPS_TO_WRITE // batch_size))
             encoded_shards.put((shard, batches))
             with machine_faults(f"{work.job.storage.root}: encoding shard {shard} of {work.folder.feature}"):
                 for batch in in_batches(rows, batch_size):
                     batches.put(encode_batch(work.encoder, batch))
+                    spent.put(batch)
             batches.close()
         encoded_shards.close()
+        spent.close()
 
 
 def encode_batch(encoder: Encoder, batch: Sequence[Prepared]) -> EncodedBatch:
-    """Encode the clips of a batch at once and let go of their pixels."""
+    """Encode the clips of a batch at once; what goes on to be written has no pixels."""
     ready = [row.item for row in batch if isinstance(row, Ready)]
     pending = start_encoding(encoder, ready)
     rows = tuple(row.without_input() if isinstance(row, Ready) else row for row in batch)
     return EncodedBatch(rows=rows, pending=pending)
+
+
+def let_go(spent: Iterable[list[Prepared]]) -> None:
+    """Give the pixels of encoded batches back to the system: 10 ms a clip, for which the encoder must not wait."""
+    for batch in spent:
+        batch.clear()
 
 
 def write_shards(work: FeatureWork, encoded_shards: Iterable[tuple[int, Iterable[EncodedBatch]]]) -> None:
@@ -376,25 +387,3 @@ def check_quarantine(job: EncodeJob, outcome: EncodeOutcome) -> None:
             f"{job.max_quarantined:g} allows: {shown}{', …' if count > 5 else ''}; everything else is committed. "
             f"Mend the clips and plan again, or accept the loss with a larger --max-quarantined"
         )
-
-
-def write_snapshot_if_complete(
-    storage: LocalStorage, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]
-) -> Snapshot | None:
-    """Snapshot some features and those that the cache has besides; None while shards of the former are missing.
-
-    Where the cache has a feature besides more than once, the newest snapshot says which.
-    """
-    if incomplete_shards(plan, folders.values()):
-        return None
-    chosen = dict(folders)
-    present = find_features(storage)
-    newest = list_snapshots(storage)[-1:]
-    for feature in FEATURES:
-        others = [folder for folder in present if folder.feature == feature]
-        pinned = {one.features[feature].fingerprint for one in newest if feature in one.features}
-        if len(others) > 1:
-            others = [folder for folder in others if any(name.startswith(folder.fingerprint) for name in pinned)]
-        if feature not in folders and others and not incomplete_shards(plan, others):
-            chosen[feature] = others[0]
-    return write_snapshot(storage, plan, chosen) if chosen else None

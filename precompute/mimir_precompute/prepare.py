@@ -310,7 +310,7 @@ def in_batches(prepared: Iterable[Prepared], batch_size: int) -> Iterator[list[P
     """Cut a shard's rows where the clips to be encoded are `batch_size`, or their bucket changes.
 
     Rows stay in order, those that need no encoder among them. A batch is handed out once it is full: nothing waits
-    for a row that follows.
+    for a row that follows. The lists are the taker's, to be emptied.
     """
     batch: list[Prepared] = []
     bucket: str | None = None
@@ -323,6 +323,7 @@ def in_batches(prepared: Iterable[Prepared], batch_size: int) -> Iterator[list[P
             bucket = row.bucket
             ready += 1
         batch.append(row)
+        del row  # whoever takes the batch is to be the last who holds its pixels
         if ready in (0, batch_size):
             yield batch
             batch, ready = [], 0

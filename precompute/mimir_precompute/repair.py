@@ -8,7 +8,8 @@ encoded anew, the rest is copied once its hashes were checked.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from mimir_precompute.pipeline import asked_identities, encode_cache, write_snapshot_if_complete
+from mimir_precompute.completion import write_snapshot_if_complete
+from mimir_precompute.pipeline import asked_identities, encode_cache
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.rejection import UNTRIED_STAGES

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
+from mimir_precompute.completion import write_snapshot_if_complete
 from mimir_precompute.option_values import parse_features
-from mimir_precompute.pipeline import EncodeJob, encode_cache, write_snapshot_if_complete
+from mimir_precompute.pipeline import EncodeJob, encode_cache
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.quarantine import QuarantinedClip, feature_ledger, read_ledger

@@ -265,7 +265,7 @@ def test_the_encoder_goes_on_while_a_shard_is_committed(
 def test_clips_in_flight_are_bounded_whatever_the_number_of_clips(tmp_path: Path, stages: Stages) -> None:
     workers, batch = 3, 2
     # the threads', those that wait prepared, two batches at the encoder, and those that wait to be written
-    bound = workers + 2 + 2 * batch + pipeline._CLIPS_TO_WRITE + 2 * batch
+    bound = workers + 2 + 1 + 3 * batch + pipeline._CLIPS_TO_WRITE + 2 * batch
     storage = make_cache(tmp_path, clips=bound + 100, shard_size=bound + 100)
     stages.may_write.clear()
     with running(lambda: encode(storage, stages, batch=batch, decode_workers=workers)):
@@ -301,8 +301,8 @@ def test_pixels_are_let_go_once_they_are_encoded(tmp_path: Path, stages: Stages,
 
     stages.decode = decode_watched  # type: ignore[method-assign]
     in_time(lambda: encode(storage, stages, batch=2, decode_workers=2))
-    # two threads, two that wait prepared, a batch at the encoder and the batch before it, one in hand
-    assert most <= 2 + 2 + 2 + 2 + 1
+    # two threads, two that wait prepared, one in hand; a batch at the encoder, and two that are let go
+    assert most <= 2 + 2 + 1 + 3 * 2
 
 
 @pytest.mark.parametrize("stage", ["decode", "encode", "write"])
