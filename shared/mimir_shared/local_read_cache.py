@@ -35,6 +35,8 @@ _RESERVED_STEPS: Final = 8
 """Room for what other processes add meanwhile."""
 _LOOK_AGAIN_S: Final = 60.0
 _TORN_AFTER_S: Final = 3600.0
+_CLOCK_GRACE_S: Final = 1.0
+"""File systems stamp by a coarser clock than the one that programs are told."""
 
 
 class LocalReadCache:
@@ -44,7 +46,7 @@ class LocalReadCache:
         """Creates the folder. Raises InputError where that is not possible."""
         self.folder = folder
         self.limit_bytes = limit_bytes
-        self._opened_s = time.time()
+        self._opened_s = time.time() - _CLOCK_GRACE_S
         self._lock = threading.Lock()
         self._room_bytes = 0
         self._is_full = False

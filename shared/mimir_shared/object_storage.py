@@ -131,15 +131,17 @@ class ObjectStorage:
     def _fetch_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         wanted = sum(map(len, buffers))
         part = self._limits.part_bytes
-        starts = range(0, wanted, part)
-        if len(starts) <= 1:
-            return _scatter(self._get_range("reading", name, offset, wanted)[0], buffers, 0) if wanted else 0
+        if not wanted:
+            return 0
+        first, size = self._get_range("reading", name, offset, min(part, wanted))
+        done = _scatter(first, buffers, 0)
+        rest = range(part, min(wanted, size - offset), part)
 
         def read_part(start: int) -> int:
             data, _ = self._get_range("reading", name, offset + start, min(part, wanted - start))
             return _scatter(data, buffers, start)
 
-        return sum(self._pool().map(read_part, starts))
+        return done + (sum(self._pool().map(read_part, rest)) if rest else 0)
 
     def list(self, directory: str) -> list[str]:
         """File and folder names directly below `directory`, sorted; empty where it does not exist. Never remembered."""

@@ -5,8 +5,8 @@ from typing import Final
 
 from mimir_shared.storage_protocol import Storage
 
-_AHEAD_BYTES: Final = 8 << 20
-"""Read at once: from a bucket every call is a request."""
+_AHEAD_BYTES: Final = 32 << 20
+"""Read at once: from a bucket in several requests at a time."""
 
 
 def open_stored_file(storage: Storage, name: str) -> io.BufferedReader:
