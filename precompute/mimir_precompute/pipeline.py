@@ -152,6 +152,7 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
         all work is done; MachineError for faults of the disk.
     """
     job.storage.remove_abandoned()
+    job.storage.settle("plan")
     specs = open_features(job)
     outcome = EncodeOutcome()
     with Leases(job.storage, heartbeat_s=job.heartbeat_s) as leases:

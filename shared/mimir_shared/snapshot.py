@@ -108,6 +108,7 @@ def write_snapshot(storage: Storage, plan: Plan, folders: Mapping[FeatureName, F
     existing = list_snapshots(storage)
     for snapshot in existing:
         if snapshot.digest == digest:
+            storage.settle(snapshot.directory)
             return snapshot
     sequence = max((snapshot.sequence + 1 for snapshot in existing), default=0)
     snapshot = Snapshot.model_validate({"sequence": sequence, "digest": digest, **content})

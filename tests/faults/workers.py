@@ -54,7 +54,6 @@ def encode(cache: Path, clips: Path, *, clip_s: float = 0.0, disk: Disk | None =
         | options,
     )
     encode_cache(job, Progress(quiet=True), RunLog(storage, "cpu"))
-    storage.tidy()
 
 
 def start(work: Callable[[], object]) -> int:
