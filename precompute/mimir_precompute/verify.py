@@ -1,8 +1,9 @@
 """Reads a whole cache again and says everything that is wrong with it."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -11,10 +12,11 @@ from mimir_precompute.remake import answers_of, outdated_rows
 from mimir_precompute.shard_writer import caption_hash, check_tensors
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
-from mimir_shared.features import FEATURES
+from mimir_shared.features import FEATURES, FeatureTensor, TensorSpec
 from mimir_shared.layout import empty_name, feature_directory, spec_name
 from mimir_shared.manifest import CommitRecord, DataFile, SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
+from mimir_shared.safetensors_bytes import read_tensors
 from mimir_shared.sealed import check_sealed_tensors, read_sealed_json
 from mimir_shared.shard_files import ShardFiles
 from mimir_shared.snapshot import list_snapshots, read_index, readable_snapshots
@@ -30,7 +32,7 @@ class Problem:
     shard: int | None
     row: int | None
     kind: str
-    """missing, length, sha256, record, spec, plan, law, order, outdated, sample, tensor, empty, snapshot"""
+    """missing, length, sha256, extra, record, spec, plan, law, order, outdated, sample, tensor, empty, snapshot"""
     detail: str
     fingerprint: str = ""
     """First 12 digits, of the feature's folder."""
@@ -94,7 +96,7 @@ def verify_feature(
     except CacheError as fault:
         _add(report, folder, None, "spec", str(fault))
         return
-    report.problems += _check_empty(folder)
+    report.problems += _check_empty(folder, spec)
     answers = answers_of(folder, folders)
     generations = folder.generations()
     missing = plan.num_shards - sum(shard < plan.num_shards for shard in generations)
@@ -109,6 +111,9 @@ def verify_feature(
         except CacheError as fault:
             _add(report, folder, shard, "record", str(fault))
             continue
+        if record.metadata.format != spec.format:
+            detail = f"is of format {record.metadata.format}, spec.json says {spec.format}; one of both was edited"
+            _add(report, folder, shard, "spec", detail)
         report.problems += _check_law(plan, folder, record)
         report.problems += _check_order(folder, record)
         if answers is not None and shard < plan.num_shards:
@@ -215,7 +220,20 @@ def _check_files(folder: FeatureFolder, record: CommitRecord, report: VerifyRepo
             kind, detail = problem
             _add(report, folder, record.metadata.shard, kind, f"{folder.directory}/{data_file.path}: {detail}")
             readable &= kind != "missing"
+    for name in _extra_files(folder, record):
+        _add(report, folder, record.metadata.shard, "extra", f"{name}: no commit record names it; remove it")
     return readable
+
+
+def _extra_files(folder: FeatureFolder, record: CommitRecord) -> Iterator[str]:
+    """Files in the folder of a shard that do not belong to it: a reader of the format might take them for data."""
+    known = {f"{folder.directory}/{data_file.path}" for data_file in record.metadata.files}
+    parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
+    data = f"{folder.directory}/data/"
+    for directory in sorted(parent for parent in parents if parent.startswith(data)):
+        for entry in folder.storage.list(directory):
+            if f"{directory}/{entry}" not in known | parents:
+                yield f"{directory}/{entry}"
 
 
 def _check_file(folder: FeatureFolder, data_file: DataFile, report: VerifyReport) -> tuple[str, str] | None:
@@ -261,7 +279,7 @@ def check_sample(files: ShardFiles, spec: FeatureSpec, sample: SampleRecord) -> 
     return None
 
 
-def _check_empty(folder: FeatureFolder) -> Iterator[Problem]:
+def _check_empty(folder: FeatureFolder, spec: FeatureSpec) -> Iterator[Problem]:
     name = empty_name(folder.feature, folder.fingerprint)
     if folder.feature == "latents":
         return
@@ -276,8 +294,20 @@ def _check_empty(folder: FeatureFolder) -> Iterator[Problem]:
             read_sealed_json(data, name)
         else:
             check_sealed_tensors(data, name)
+            mismatch = _empty_mismatch(read_tensors(data, name), spec.tensor_specs(""))
+            if mismatch is not None:
+                raise CacheError(f"{name}: {mismatch}; it is of another feature: restore it from a copy")
     except CacheError as fault:
         yield _problem(folder, None, "empty", str(fault))
+
+
+def _empty_mismatch(tensors: Mapping[str, FeatureTensor], specs: Sequence[TensorSpec]) -> str | None:
+    """How the tensors of the empty prompt depart from those of every clip; None where they fit."""
+    expected = sorted(spec.name for spec in specs)
+    if sorted(tensors) != expected:
+        return f"has tensors {sorted(tensors)}, expected {expected}"
+    found = (spec.mismatch(tensors[spec.name].array, tensors[spec.name].dtype) for spec in specs)
+    return next((mismatch for mismatch in found if mismatch is not None), None)
 
 
 def check_snapshots(storage: Storage) -> Iterator[Problem]:
