@@ -151,11 +151,16 @@ def newest_readable(folder: FeatureFolder, shard: int, newest: int) -> CommitRec
 
 
 def damaged_shards(problems: Collection[Problem], plan: Plan) -> dict[Folder, set[int]]:
-    """Folder → shards that something is wrong with; shards that the plan does not have cannot be made again."""
+    """Folder → shards that something is wrong with; shards that the plan does not have cannot be made again.
+
+    A file too many makes a shard no worse: `gc` removes it.
+    """
     damaged: dict[Folder, set[int]] = {}
     for problem in problems:
         place = _place(problem)
-        if place is not None and problem.shard is not None and problem.shard < plan.num_shards:
+        if place is None or problem.shard is None or problem.kind == "extra":
+            continue
+        if problem.shard < plan.num_shards:
             damaged.setdefault(place, set()).add(problem.shard)
     return damaged
 

@@ -221,7 +221,7 @@ def _check_files(folder: FeatureFolder, record: CommitRecord, report: VerifyRepo
             _add(report, folder, record.metadata.shard, kind, f"{folder.directory}/{data_file.path}: {detail}")
             readable &= kind != "missing"
     for name in _extra_files(folder, record):
-        _add(report, folder, record.metadata.shard, "extra", f"{name}: no commit record names it; remove it")
+        _add(report, folder, record.metadata.shard, "extra", f"{name}: belongs to no shard; `gc` removes it")
     return readable
 
 
