@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from mimir_precompute.clip_row import Problems, caption_problem, extra_problem, name_problem, seconds_of, text_problem
 from mimir_shared.errors import InputError
 from mimir_shared.plain_documents import parse_json
+from mimir_shared.redaction import hide_address_secrets, holds_address_secret
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".gif")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -131,7 +132,7 @@ def _add_row(
     elif problem := name_problem(source):
         wrong = f"{video_key!r} {problem}"
     elif "://" in source:
-        wrong = f"{source!r}: addresses are not read, only files"
+        wrong = f"{hide_address_secrets(source)!r}: addresses are not read, only files"
     elif caption is None and caption_key not in row:
         wrong = f"no {caption_key!r} (see --caption-key)"
     try:
@@ -144,6 +145,8 @@ def _add_row(
     key_column = next((name for name in _KEY_COLUMNS if row.get(name) not in (None, "")), None)
     if key_column is not None and (problem := text_problem(str(row[key_column]))):
         wrong = wrong or f"{key_column!r} {problem}"
+    if key_column is not None and holds_address_secret(str(row[key_column])):
+        wrong = wrong or f"its {key_column!r} has a password or signature of an address in it, and keys are kept"
     own = {video_key, caption_key, "start_s", "end_s", key_column}
     extra = {name: value for name, value in row.items() if name not in own}
     wrong = wrong or extra_problem(extra)
@@ -170,11 +173,20 @@ def _trim_name(start_s: float | None, end_s: float | None) -> str:
 
 
 def _add_extra(clips: ClipList, values: dict[str, Any]) -> None:
-    """Add the last clip's further columns; a column that it lacks holds None."""
+    """Add the last clip's further columns, without secrets of addresses; a column that it lacks holds None."""
     for name in values:
         clips.extra.setdefault(name, [None] * (len(clips) - 1))
     for name, column in clips.extra.items():
-        column.append(values.get(name))
+        column.append(_without_secrets(values.get(name)))
+
+
+def _without_secrets(value: Any) -> Any:
+    """A user's value without passwords and signatures of addresses: a plan is kept, copied and shared."""
+    if isinstance(value, str):
+        return hide_address_secrets(value)
+    if isinstance(value, dict):
+        return {name: _without_secrets(item) for name, item in value.items()}
+    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def _file_bytes(path: str | Path) -> int | None:

@@ -28,6 +28,7 @@ from mimir_precompute.workers import (
 from mimir_shared.errors import MimirError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FeatureName
+from mimir_shared.redaction import hide_secrets
 from mimir_shared.storage import LocalStorage
 
 _LINE_EVERY_S = 10.0
@@ -181,10 +182,10 @@ class Progress:
             self._counts.shard = self._counts.shard_since_s = None
 
     def say(self, message: str) -> None:
-        self._console.print(message, soft_wrap=True)
+        self._console.print(hide_secrets(message), soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self._console.print(f"warning: {message}", soft_wrap=True)
+        self._console.print(hide_secrets(f"warning: {message}"), soft_wrap=True)
 
     def tick(self, *, force: bool = False, line: bool = True) -> None:
         """Write what is due: our own file, a look at what the others wrote, the bars or a line."""

@@ -2,11 +2,14 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 import typer
 
 from mimir_shared.errors import MimirError
+from mimir_shared.redaction import hide_secrets
 
 
 def make_app(help_text: str) -> typer.Typer:
@@ -25,11 +28,15 @@ def make_app(help_text: str) -> typer.Typer:
 
 
 def run_app(app: Callable[[], object]) -> None:
-    """Run the program; a MimirError ends it with one line and its own exit code."""
+    """Run the program; a MimirError ends it with one line and its own exit code.
+
+    No secret is quoted: neither in that line, nor in the traceback of a fault of ours.
+    """
+    sys.excepthook = _print_traceback
     try:
         app()
     except MimirError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(hide_secrets(f"error: {error}\n"))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what was committed stays, the same command goes on from there\n")
@@ -38,6 +45,10 @@ def run_app(app: Callable[[], object]) -> None:
         # the reader of our output (head, less) left: that is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(hide_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 def echo(text: str = "") -> None:

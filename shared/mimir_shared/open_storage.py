@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from mimir_shared.errors import InputError
+from mimir_shared.redaction import hide_address_secrets, holds_address_secret
 from mimir_shared.storage import open_folder
 from mimir_shared.storage_protocol import Storage
 
@@ -24,6 +25,11 @@ def open_storage(
     Raises: InputError for another scheme, or a URL or folder that cannot be right.
     """
     scheme, separator, _ = location.partition("://")
+    if holds_address_secret(location):
+        raise InputError(
+            f"--cache {hide_address_secrets(location)}: a password or signature in an address would end up in configs "
+            f"and logs; give it by the environment, as the provider's own tools take it"
+        )
     if scheme in _BUCKETS and separator:
         from mimir_shared.local_read_cache import LocalReadCache
         from mimir_shared.object_storage import ObjectStorage

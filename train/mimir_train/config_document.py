@@ -16,6 +16,7 @@ import yaml
 from mimir_shared.errors import InputError
 from mimir_shared.fingerprint import differences, fingerprint
 from mimir_shared.plain_documents import parse_yaml
+from mimir_shared.redaction import hide_address_secrets, holds_address_secret
 from mimir_train.config import TrainConfig
 
 Document = dict[str, Any]
@@ -178,6 +179,11 @@ def _plain(value: object) -> object:
 
 def _convert(wanted: Any, value: object, where: str) -> object:  # Any: a type hint may be of any kind
     """Check a plain value against a type hint; lists become tuples, whole numbers floats where one is wanted."""
+    if isinstance(value, str) and holds_address_secret(value):
+        raise InputError(
+            f"setting {where}: {hide_address_secrets(value)!r} has a password or signature in it, and settings are "
+            f"written beside every output: give it by the environment"
+        )
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
