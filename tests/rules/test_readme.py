@@ -45,17 +45,34 @@ def test_the_step_by_step_commands_end_with_a_video(folder: Path) -> None:
     assert len(list((folder / "samples").rglob("*.mp4"))) == 1
 
 
-def test_the_snippets_that_read_a_cache_run(folder: Path) -> None:
-    code = "\n".join(_blocks("python"))
+def run_snippets(folder: Path, blocks: list[str]) -> str:
+    """What some blocks of Python print, one after the other in one process."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "torch.Size([64, 64])" in done.stdout
-    assert "torch.Size([16, 3, 16, 24]) torch.Size([4, 64])" in done.stdout
-    assert "torch.Size([16, 3, 16, 24]) torch.Size([64, 64]) {'answer'" in done.stdout
-    assert "mimir_shared" not in code
-    assert "mimir_precompute" not in code
+    return done.stdout
+
+
+def test_the_snippets_that_read_a_cache_without_us_run(folder: Path) -> None:
+    printed = run_snippets(folder, [block for block in _blocks("python") if "mimir_" not in block])
+    assert "torch.Size([64, 64])" in printed
+    assert "torch.Size([16, 3, 16, 24]) torch.Size([4, 64])" in printed
+    assert "torch.Size([16, 3, 16, 24]) torch.Size([64, 64]) {'answer'" in printed
+
+
+def test_the_snippets_that_read_a_cache_with_us_run(folder: Path) -> None:
+    blocks = [block for block in _blocks("python") if "mimir_" in block]
+    assert len(blocks) == 2
+    with_torch, with_numpy = (run_snippets(folder, [block]) for block in blocks)
+    assert with_torch.count("torch.bfloat16") + with_torch.count("torch.float32") == 2  # ten clips, batches of four
+    assert with_torch.splitlines()[-1] == "torch.Size([64, 64]) 10"
+    assert len(with_numpy.splitlines()) == 10
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:

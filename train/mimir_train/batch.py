@@ -24,6 +24,7 @@ from mimir_train.model.fuser import LlmFeatures
 from mimir_train.objective import TextFeatures
 from mimir_train.order import TrainingOrder, rank_positions
 from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
+from mimir_train.tensors import to_tensor
 from mimir_train.text_alignment import align_by_characters
 
 LATENT_TENSORS: Final = ("vae_moments", "vae_sample", "vae_mean")
@@ -139,8 +140,7 @@ class TrainingBatch:
 
 def to_torch(tensors: Sequence[FeatureTensor]) -> Tensor:
     """Stack tensors of one shape: (B, …), a copy; bfloat16 bit for bit."""
-    stacked = torch.from_numpy(np.stack([tensor.array for tensor in tensors]))
-    return stacked.view(torch.bfloat16) if tensors[0].dtype == "bf16" else stacked
+    return to_tensor(FeatureTensor(np.stack([tensor.array for tensor in tensors]), tensors[0].dtype))
 
 
 def pad_to_torch(tensors: Sequence[FeatureTensor], num_rows: int | None = None) -> tuple[Tensor, Tensor]:
@@ -157,8 +157,7 @@ def pad_to_torch(tensors: Sequence[FeatureTensor], num_rows: int | None = None) 
     for i, tensor in enumerate(tensors):
         padded[i, : lengths[i]] = tensor.array
     mask = torch.arange(rows) < torch.tensor(lengths)[:, None]
-    values = torch.from_numpy(padded)
-    return values.view(torch.bfloat16) if tensors[0].dtype == "bf16" else values, mask
+    return to_tensor(FeatureTensor(padded, tensors[0].dtype)), mask
 
 
 def collate_text(

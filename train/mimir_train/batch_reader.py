@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mimir_shared.feature_column import FeatureColumn, TensorColumn
-from mimir_shared.features import NUMPY_DTYPES, DType, FeatureName
+from mimir_shared.features import NUMPY_DTYPES, DType, FeatureName, FeatureTensor
 from mimir_train.batch_memory import BatchMemory
 from mimir_train.cache_reader import Cache
 from mimir_train.reader_threads import Job, ReaderThreads
+from mimir_train.tensors import to_tensor
 
 _ALIGNMENT: Final = 64
 """Bytes that a tensor's first address is a multiple of: a cache line, and more than any kernel asks for."""
@@ -118,9 +119,8 @@ class PendingBatch:
         tensors, lengths = {}, {}
         for place in self._places:
             stored = self._slot[place.offset : place.end].view(NUMPY_DTYPES[place.dtype]).reshape(place.shape)
-            values = torch.from_numpy(stored)
             name = place.request.name
-            tensors[name] = values.view(torch.bfloat16) if place.dtype == "bf16" else values
+            tensors[name] = to_tensor(FeatureTensor(stored, place.dtype))
             if place.lengths is not None:
                 lengths[name] = torch.tensor(place.lengths)
         return HostBatch(tensors=tensors, lengths=lengths)

@@ -5,16 +5,22 @@ cache["clip-17"]["vae_moments"]              # (2C, T, h, w) bfloat16
 cache.dataset(global_batch_size=8, seed=42)  # an IterableDataset: ordered, sharded over ranks, resumable
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from mimir_shared.features import FeatureName
 from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
 from mimir_shared.snapshot_reader import SnapshotReader, find_snapshot
-from mimir_train.order import BucketShards, ClipPlace
+from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK, BucketShards, ClipPlace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mimir_train.dataset import CacheDataset
+    from mimir_train.step_reader import ReadOptions
 
 NEEDED: Final[tuple[FeatureName, ...]] = ("latents", "t5")
 """Without these there is nothing to train on; `llm` is needed by some fusers only."""
@@ -47,6 +53,46 @@ class Cache(SnapshotReader):
             for shard, size in zip(bucket.shards, bucket.sizes, strict=True)
             for number in range(size)
         ]
+
+    def __getitem__(self, key: str) -> "dict[str, Tensor]":
+        """All tensors of a clip by name, in memory of their own; bfloat16 bit for bit.
+
+        Raises: InputError for an unknown key; CacheError and MachineError as `read`.
+        """
+        from mimir_train.tensors import to_tensor
+
+        return {name: to_tensor(stored) for name, stored in self.sample(key).items()}
+
+    def dataset(
+        self,
+        global_batch_size: int,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        features: Sequence[FeatureName] | None = None,
+        held_out: Sequence[int] = (),
+        shards_per_block: int = DEFAULT_SHARDS_PER_BLOCK,
+        options: "ReadOptions | None" = None,
+    ) -> "CacheDataset":
+        """Batches in the order of training, as a torch IterableDataset with state_dict() and load_state_dict().
+
+        Args:
+            global_batch_size: clips of a step over all ranks; each rank gets its share.
+            features: to read; None: all of the snapshot that have tensors.
+            held_out: shards that are left out.
+            options: checksums, threads, steps read ahead, what becomes of bad clips, and `borrow`: batches that are
+                overwritten when the next one is asked for, in place of memory that is left alone while it is in use.
+        Raises: InputError where rank, batch and world size do not fit.
+        """
+        from mimir_train.dataset import build_dataset
+        from mimir_train.step_reader import ReadOptions
+
+        return build_dataset(
+            self, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size,
+            features=self.features if features is None else features, held_out=held_out,
+            shards_per_block=shards_per_block, options=options or ReadOptions(),
+        )  # fmt: skip
 
     @cached_property
     def _shards_of_bucket(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
