@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute import cli_cache, cli_remake
+from mimir_precompute import cli_cache, cli_remake, cli_volatility
 from mimir_precompute.cli_options import (
     WHAT,
     WHERE,
@@ -189,6 +189,7 @@ def encode(
 
 
 cli_cache.add_commands(app)  # those that look at a cache or finish it
+cli_volatility.add_commands(app)
 cli_remake.add_commands(app)  # those that make parts of it again
 
 

@@ -90,7 +90,7 @@ def sample(
     if not 1 <= guidance_scale < float("inf"):
         raise InputError(f"--guidance-scale {guidance_scale}: expected 1 (no guidance) or more")
 
-    from mimir_train.prompts import prompts_from_texts, read_prompts
+    from mimir_shared.prompt_list import prompts_from_texts, read_prompts
 
     prompt_list = read_prompts(prompts) if prompts is not None else prompts_from_texts(prompt or [])
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError, MachineError
+from mimir_shared.prompt_list import PromptList
 from mimir_train.contact_sheet import MAX_ROWS, SheetRow, write_contact_sheet
 from mimir_train.frozen_models import FrozenModels, ModelLocations, Progress, choose_device
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import TextFeatures, drop_text
 from mimir_train.open_checkpoint import OpenCheckpoint, open_checkpoint
-from mimir_train.prompts import PromptList, video_name
 from mimir_train.sample_files import SampleFolder, Video
 from mimir_train.sampler import denoise, initial_noise, sample_generator
 from mimir_train.sampling_choices import Guidance, SampleDType, SchedulerName
 from mimir_train.schedulers import make_scheduler
 from mimir_train.video_check import plays, read_video
+from mimir_train.video_name import video_name
 
 
 @dataclass(frozen=True, kw_only=True)

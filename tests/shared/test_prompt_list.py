@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mimir_shared.errors import InputError
-from mimir_train.prompts import prompts_from_texts, read_prompts, video_name
+from mimir_shared.prompt_list import prompts_from_texts, read_prompts
+from mimir_train.video_name import video_name
 
 
 def written(path: Path, text: str) -> Path:
