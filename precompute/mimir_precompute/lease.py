@@ -14,7 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, Self
 
@@ -128,23 +128,37 @@ class Leases:
         }
         self._folders |= {str(folder) for folder in PurePosixPath(name).parents if folder.name}
         with machine_faults(f"{path}: taking the lease"):
-            while True:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-                    break
-                except FileExistsError:
-                    return False
-                except FileNotFoundError:
-                    continue  # another worker has just removed the empty folder
-            with self._lock:
-                self._held[name] = descriptor
-            os.write(descriptor, json.dumps(owner).encode())
+            descriptor = self._create(path, json.dumps(owner).encode())
+        if descriptor is None:
+            return False
+        with self._lock:
+            self._held[name] = descriptor
         failpoint("lease.taken")
         if self._heart is None:
             self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
             self._heart.start()
         return True
+
+    def _create(self, path: Path, owner: bytes) -> int | None:
+        """A descriptor of a new lease; None where somebody has it.
+
+        It names its owner from the first moment on: one of nobody, left by a worker that was killed between creating
+        and writing it, would hold its shard until it is stale.
+        """
+        if path.exists():
+            return None
+        with self.storage.temporary() as temporary:
+            temporary.file.write(owner)
+            temporary.file.flush()
+            while True:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.storage.disk.link(temporary.path, path)
+                    return os.dup(temporary.file.fileno())
+                except FileExistsError:
+                    return None
+                except FileNotFoundError:
+                    continue  # another worker has just removed the empty folder
 
     def holds(self, name: str) -> bool:
         return name in self._held

@@ -11,6 +11,7 @@ import pytest
 
 from mimir_precompute.lease import Leases, ShardClaims, read_lease, storage_time_s, take_over
 from mimir_shared import failpoints
+from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.layout import lease_name
@@ -50,6 +51,20 @@ def dead_pid() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
+
+
+def test_a_lease_names_its_owner_from_the_moment_it_is_there(tmp_path: Path) -> None:
+    class DiesBehindTheLink(Disk):
+        def link(self, source: Path, target: Path) -> None:
+            super().link(source, target)
+            raise SystemExit
+
+    storage = LocalStorage(tmp_path, DiesBehindTheLink())
+    with pytest.raises(SystemExit), Leases(storage) as leases:
+        leases.take(name_of(0))
+    seen = read_lease(storage, name_of(0))
+    assert seen is not None
+    assert (seen.pid, seen.domain) == (os.getpid(), process_domain())
 
 
 def test_a_lease_is_one_workers_until_it_drops_it(storage: LocalStorage) -> None:
