@@ -35,7 +35,7 @@ _EXAMINED_AT_ONCE: Final = 8
 
 def storage_time_s(storage: LocalStorage) -> float:
     """Now, by the clock that stamps the files of a cache: clocks of hosts may be hours apart."""
-    with storage.temporary() as probe:
+    with machine_faults(f"{storage.root}: asking for the time of its disk"), storage.temporary() as probe:
         os.utime(probe.file.fileno())
         return os.fstat(probe.file.fileno()).st_mtime
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from mimir_precompute.shard_writer import FinishedShard
 from mimir_shared.fingerprint import differences
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage import LocalStorage, machine_faults
 
 _LIBRARIES = ("mimir-t2v", "torch", "transformers", "diffusers", "tokenizers", "av", "numpy")
 
@@ -113,10 +113,11 @@ class RunLog:
         return self._device
 
     def _write(self, event: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **event})
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with machine_faults(f"{self._path}: writing"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def _comparable(made_with: Mapping[str, Any]) -> dict[str, Any]:

@@ -232,8 +232,9 @@ class LocalStorage:
     def remove_abandoned(self) -> int:
         """Remove temporary files whose process, on this machine, is dead. Returns how many."""
         abandoned = [name for name, life in self.temporaries().items() if life == "dead"]
-        for name in abandoned:
-            self.remove_temporary(self.path(name))
+        with machine_faults(f"{self.root}/{_TEMPORARY}: removing abandoned files"):
+            for name in abandoned:
+                self.remove_temporary(self.path(name))
         return len(abandoned)
 
     def tidy(self) -> None:
@@ -245,7 +246,8 @@ class LocalStorage:
         own = f"{_TEMPORARY}/{process_domain()}-{os.getpid()}-"
         for name in self.temporaries():
             if name.startswith(own):
-                self.remove_temporary(self.path(name))
+                with contextlib.suppress(OSError):
+                    self.remove_temporary(self.path(name))
         with contextlib.suppress(OSError):
             self.disk.remove_directory(self.root / _TEMPORARY)
 
