@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable
 from types import TracebackType
 
@@ -10,6 +11,9 @@ import typer
 
 from mimir_shared.errors import MimirError
 from mimir_shared.redaction import hide_secrets
+
+_UNSEEN = frozenset(("Cc", "Cs"))
+"""Unicode's categories of control characters and of lone surrogates, which cannot be written either."""
 
 
 def make_app(help_text: str) -> typer.Typer:
@@ -36,7 +40,7 @@ def run_app(app: Callable[[], object]) -> None:
     try:
         app()
     except MimirError as error:
-        sys.stderr.write(hide_secrets(f"error: {error}\n"))
+        sys.stderr.write(f"error: {visible(hide_secrets(str(error)))}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what was committed stays, the same command goes on from there\n")
@@ -52,5 +56,10 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def echo(text: str = "") -> None:
-    """Print one line of result to stdout."""
-    sys.stdout.write(text + "\n")
+    """Print lines of result to stdout."""
+    sys.stdout.write(visible(text) + "\n")
+
+
+def visible(text: str) -> str:
+    """A text that leaves the terminal as it is: captions and names may hold sequences that recolour or rename it."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in _UNSEEN else ascii(c)[1:-1] for c in text)

@@ -21,6 +21,7 @@ from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.layout import feature_directory, snapshot_directory
 from mimir_shared.manifest import CacheFormat, RecordMetadata, TensorStatistics
+from mimir_shared.plain_documents import parse_json
 from mimir_shared.plan_file import Plan
 from mimir_shared.statistics import merge_statistics
 from mimir_shared.storage_protocol import Storage
@@ -300,7 +301,7 @@ def read_snapshot(storage: Storage, directory: str) -> Snapshot | None:
     """None where there is none (yet). Raises CacheError for one that is not as it was written."""
     path = f"{directory}/snapshot.json"
     try:
-        document = json.loads(storage.read(path))
+        document = parse_json(storage.read(path))
         snapshot = Snapshot.model_validate(document)
     except FileNotFoundError:
         return None

@@ -77,6 +77,8 @@ class LocalStorage:
             return self.path(name).read_bytes()
         except FileNotFoundError:
             raise
+        except NotADirectoryError as fault:  # a stray file where a folder would be
+            raise FileNotFoundError(fault.errno, fault.strerror, str(self.path(name))) from fault
         except OSError as fault:
             raise MachineError(f"{self.path(name)}: cannot be read: {fault.strerror}; run it again") from fault
 
