@@ -10,7 +10,6 @@ from typing import Any
 
 import av
 import numpy as np
-import yaml
 
 from mimir_precompute.clip_facts import describe_clip
 from mimir_precompute.clips import read_clip
@@ -26,6 +25,7 @@ from mimir_precompute.presets import PRESETS
 from mimir_precompute.status import CacheStatus, read_status
 from mimir_shared.errors import MimirError
 from mimir_shared.feature_folder import find_features
+from mimir_shared.plain_documents import parse_yaml
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.storage import LocalStorage
 
@@ -301,7 +301,7 @@ def read_training(run: Path, shards: Sequence[int], num_shards: int) -> Training
     if not (run / "metrics.jsonl").is_file():
         return None
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = parse_yaml((run / "config.yaml").read_text(encoding="utf-8"))
     held_out = sum(shard >= num_shards - config["data"]["validation_shards"] for shard in shards)
 
     def points(name: str) -> Points:

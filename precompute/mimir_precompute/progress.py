@@ -25,6 +25,7 @@ from mimir_precompute.workers import (
     forget_dead_workers,
     read_workers,
 )
+from mimir_shared.command_line import visible
 from mimir_shared.errors import MimirError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FeatureName
@@ -92,7 +93,7 @@ class Progress:
     def __init__(
         self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic, console: Console | None = None
     ) -> None:
-        self._console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = console or Console(stderr=True, quiet=quiet, highlight=False, markup=False)
         self._clock = clock
         self._lock = threading.Lock()
         self._counts = _Counts(clock)
@@ -182,10 +183,10 @@ class Progress:
             self._counts.shard = self._counts.shard_since_s = None
 
     def say(self, message: str) -> None:
-        self._console.print(hide_secrets(message), soft_wrap=True)
+        self._console.print(visible(hide_secrets(message)), soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self._console.print(hide_secrets(f"warning: {message}"), soft_wrap=True)
+        self._console.print(visible(hide_secrets(f"warning: {message}")), soft_wrap=True)
 
     def tick(self, *, force: bool = False, line: bool = True) -> None:
         """Write what is due: our own file, a look at what the others wrote, the bars or a line."""
