@@ -40,7 +40,7 @@ def test_every_key_gives_all_its_tensors(cache: Path) -> None:
         for name, tensor in stored.items():
             assert np.array_equal(found[name].array, tensor.array)
         assert reader.document(key, "answers")["key"] == key
-    assert reader.sample(keys[0], ["t5"]).keys() == {"t5_embeds", "t5_ids"}
+    assert reader.sample(keys[0], ["t5"]).keys() == {"t5_embeds", "t5_ids", "t5_offsets"}
 
 
 def test_samples_are_the_callers_own(cache: Path) -> None:
@@ -104,7 +104,7 @@ def test_an_index_that_departs_from_the_spec_is_refused(cache: Path) -> None:
         other.read(0, "t5")
     del document["features"]["t5"]["identity"]["tensors"][0]
     other = SnapshotReader(reader.storage, Snapshot.model_validate(document), reader._index)
-    with pytest.raises(CacheError, match=r"the index has tensors \['t5_embeds', 't5_ids'\] of `t5`, spec.json"):
+    with pytest.raises(CacheError, match=r"tensors \['t5_embeds', 't5_ids', 't5_offsets'\] of `t5`, spec.json"):
         other.read(0, "t5")
 
 
