@@ -1,16 +1,16 @@
 """Buckets on this machine: moto's server, and what a client needs to find it."""
 
 import logging
+import random
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from moto.server import ThreadedMotoServer
-
 from mimir_shared.bucket_requests import RequestLimits
 from mimir_shared.object_storage import ObjectStorage
+from tests.fault_proxy import Fault, FaultProxy, Plan
 
 SECRET = "canary5ecretNeverToBeSeen"
 ENVIRONMENT = {
@@ -26,6 +26,8 @@ QUICK = RequestLimits(connect_s=1.0, request_s=0.6, action_s=10.0, first_pause_s
 @contextmanager
 def moto_server() -> Iterator[int]:
     """Port of a server of its own."""
+    from moto.server import ThreadedMotoServer  # large, and not for those who only fork
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -53,3 +55,28 @@ def upload(folder: Path, storage: ObjectStorage) -> int:
     for path in files:
         assert storage.create(path.relative_to(folder).as_posix(), path.read_bytes())
     return len(files)
+
+
+def faulty(share: float, *faults: Fault, method: str = "", seed: int = 0) -> Plan:
+    """A plan of faults: a fixed share of the requests, of one method if it is named."""
+
+    def plan(requested: str, path: str, number: int) -> Fault | None:
+        draw = random.Random(f"{seed} {number}")
+        return draw.choice(faults) if requested.startswith(method) and draw.random() < share else None
+
+    return plan
+
+
+@contextmanager
+def copy_behind(proxy: FaultProxy, cache: Path, set_variable: Callable[[str, str], None]) -> Iterator[str]:
+    """The URL of a copy of a cache in a bucket of its own, reached through a proxy that fails at nothing yet."""
+    for name, value in environment(f"http://127.0.0.1:{proxy.upstream_port}").items():
+        set_variable(name, value)
+    url = f"s3://{new_bucket(proxy.upstream_port)}/caches/one"
+    upload(cache, ObjectStorage(url))
+    set_variable("AWS_ENDPOINT_URL", proxy.endpoint)
+    proxy.faults.clear()
+    proxy.requests.clear()
+    yield url
+    proxy.plan = lambda method, path, number: None
+    proxy.hidden = set()

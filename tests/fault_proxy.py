@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Fault = Literal["500", "503", "403", "409", "timeout", "trickle", "cut", "short", "lost", "reset", "stale"]
+Fault = Literal["500", "503", "403", "409", "timeout", "trickle", "cut", "short", "flip", "lost", "reset", "stale"]
 Plan = Callable[[str, str, int], Fault | None]
 """(method, path with query, number of the request) → what happens to it."""
 
@@ -112,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._hang_up()
             case "short" if status == 206:
                 self._answer(status, headers, body[: len(body) // 2])
+            case "flip" if body:
+                self._answer(status, headers, bytes([body[0] ^ 1]) + body[1:])
             case "trickle" if body:
                 self._answer(status, headers, b"", announced=len(body))
                 began = time.monotonic()

@@ -29,6 +29,8 @@ class ClipTable:
     def __init__(self, index: pa.Table) -> None:
         """Of an index in one chunk."""
         self._columns = {name: index[name].combine_chunks() for name in ("key", "bucket", "caption", "source")}
+        # of a cache without latents: nothing has decided it yet
+        self._columns["bucket"] = self._columns["bucket"].fill_null("")
         self.shards = index["shard"].to_numpy()
         """(clips,) the shard of each."""
         self._rows = index["row"].to_numpy()

@@ -21,6 +21,11 @@ class World:
     """Its files."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # last: the threads and libraries of a client and a server are nothing for those who fork
+    items.sort(key=lambda item: "test_bucket" in item.path.name)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")

@@ -25,7 +25,6 @@ from mimir_shared.sealed import write_sealed_tensors
 from mimir_shared.snapshot import write_snapshot
 from mimir_shared.storage import LocalStorage
 from mimir_train.cache_reader import Cache
-from mimir_train.commands import RunRequest, build_config
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import Document, nest, overlay, train_config
 from mimir_train.presets import preset_document
@@ -242,6 +241,8 @@ def tiny_config(cache: Path, run: Path, **settings: object) -> TrainConfig:
 
 def resumed_config(run: Path, resume: str = "latest", **settings: object) -> TrainConfig:
     """The settings with which a run goes on: its own, and `settings` over them."""
+    from mimir_train.commands import RunRequest, build_config  # torch comes with it
+
     flags = {name.replace("__", "."): value for name, value in settings.items()}
     return build_config(
         RunRequest(preset=None, output_dir=run, config_file=None, assignments=(), flags=flags, resume=resume)
