@@ -102,7 +102,7 @@ def _status_row(*cells: object) -> str:
 def _pace(clips_per_s: float | None, eta_s: float | None) -> tuple[str, str]:
     return (
         "" if clips_per_s is None else f"{clips_per_s:.1f}",
-        "" if eta_s is None else describe_duration(eta_s),
+        "" if not eta_s else describe_duration(eta_s),
     )
 
 

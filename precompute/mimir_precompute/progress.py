@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from mimir_precompute.pace import RecentRate, describe_duration, rate_together, time_left_s
+from mimir_precompute.pace import RecentRate, describe_bytes, describe_duration, rate_together, time_left_s
 from mimir_precompute.termination import when_stopped
 from mimir_precompute.workers import (
     BEAT_S,
@@ -150,7 +150,7 @@ class Progress:
         elapsed_s = self._clock() - started_s
         counts = self._counts
         self._console.print(
-            f"{feature}: {counts.clips} clips in {elapsed_s:.1f} s, {counts.nbytes / 1e6:.1f} MB, "
+            f"{feature}: {counts.clips} clips in {elapsed_s:.1f} s, {describe_bytes(counts.nbytes)}, "
             f"{counts.quarantined} quarantined"
         )
 
@@ -280,7 +280,7 @@ class Progress:
         parts = ["… clips/s" if rate is None else f"{rate:.1f} clips/s"]
         if together.workers > 1:
             parts[0] += f" by {together.workers} workers"
-        parts += [f"{together.nbytes / 1e9:.2f} GB", f"{together.quarantined} quarantined"]
+        parts += [describe_bytes(together.nbytes), f"{together.quarantined} quarantined"]
         left_s = time_left_s(self._total - together.clips, rate)
         if left_s is not None:
             parts.append(f"{describe_duration(left_s)} left")
