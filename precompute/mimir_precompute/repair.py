@@ -5,7 +5,7 @@ names; where there is none, the whole shard is encoded anew. What a record names
 encoded anew, the rest is copied once its hashes were checked.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mimir_precompute.completion import write_snapshot_if_complete
@@ -21,6 +21,7 @@ from mimir_precompute.verify import (
     VerifyReport,
     check_sample,
     check_snapshots,
+    extra_files,
     find_lost_records,
     verify_feature,
 )
@@ -74,7 +75,8 @@ def repair_cache(
     plan = read_plan(storage)
     lost_snapshots = mend_snapshots(storage, plan)
     mended_specs = mend_specs(storage, plan, report, make_job)
-    damaged = damaged_shards(report.problems, plan)
+    cleared = clear_extra_files(storage, plan, report)
+    damaged = damaged_shards((p for p in report.problems if p.kind not in ("extra", "spec")), plan)
     empties = {place for problem in report.problems if problem.kind == "empty" and (place := _place(problem))}
     for feature, name in empties:
         _take_away(storage, empty_name(feature, name))
@@ -86,7 +88,7 @@ def repair_cache(
     made = outcome.features if outcome else []
     return RepairOutcome(
         found=report,
-        remaining=tuple(_verify_again(storage, plan, report, damaged, features)),
+        remaining=tuple(_verify_again(storage, plan, report, [cleared, damaged], features)),
         shards_made=sum(feature.shards_made for feature in made),
         encoded=sum(feature.encoded for feature in made),
         copied=sum(feature.copied for feature in made),
@@ -150,17 +152,12 @@ def newest_readable(folder: FeatureFolder, shard: int, newest: int) -> CommitRec
     return None
 
 
-def damaged_shards(problems: Collection[Problem], plan: Plan) -> dict[Folder, set[int]]:
-    """Folder → shards that something is wrong with; shards that the plan does not have cannot be made again.
-
-    A file too many makes a shard no worse: `gc` removes it.
-    """
+def damaged_shards(problems: Iterable[Problem], plan: Plan) -> dict[Folder, set[int]]:
+    """Folder → shards that something is wrong with; shards that the plan does not have cannot be made again."""
     damaged: dict[Folder, set[int]] = {}
     for problem in problems:
         place = _place(problem)
-        if place is None or problem.shard is None or problem.kind == "extra":
-            continue
-        if problem.shard < plan.num_shards:
+        if place is not None and problem.shard is not None and problem.shard < plan.num_shards:
             damaged.setdefault(place, set()).add(problem.shard)
     return damaged
 
@@ -237,6 +234,19 @@ def mend_snapshots(storage: LocalStorage, plan: Plan) -> tuple[str, ...]:
     return tuple(lost)
 
 
+def clear_extra_files(storage: LocalStorage, plan: Plan, report: VerifyReport) -> dict[Folder, set[int]]:
+    """Take away what lies in the folder of a shard and does not belong to it. Returns: folder → those shards."""
+    found = damaged_shards((problem for problem in report.problems if problem.kind == "extra"), plan)
+    for (feature, name), shards in found.items():
+        folder = FeatureFolder(storage, feature, name)
+        generations = folder.generations()
+        for shard in shards:
+            record = newest_readable(folder, shard, generations[shard])
+            for extra in () if record is None else list(extra_files(folder, record)):
+                _take_away(storage, extra)
+    return found
+
+
 def _take_away(storage: LocalStorage, name: str) -> None:
     if storage.exists(name):
         storage.remove_temporary(storage.set_aside(name))
@@ -246,18 +256,19 @@ def _verify_again(
     storage: LocalStorage,
     plan: Plan,
     report: VerifyReport,
-    damaged: Mapping[Folder, Collection[int]],
+    touched: Sequence[Mapping[Folder, Collection[int]]],
     features: Collection[FeatureName],
 ) -> list[Problem]:
-    """What is still wrong: all of the features that were mended is checked where something was made or damaged."""
+    """What is still wrong: of what was mended all shards are checked in which something was made or damaged."""
     folders = find_features(storage)
     again = VerifyReport()
     checked = set()
     for folder in folders:
-        if folder.feature in features:
-            place = (folder.feature, folder.fingerprint[:12])
-            remade = {shard for shard, generation in folder.generations().items() if generation > 0}
-            verify_feature(plan, folder, folders, again, remade | set(damaged.get(place, ())))
+        place = (folder.feature, folder.fingerprint[:12])
+        if folder.feature in features or any(place in shards for shards in touched):
+            shards = {shard for shard, generation in folder.generations().items() if generation > 0}
+            shards.update(*(some.get(place, ()) for some in touched))
+            verify_feature(plan, folder, folders, again, shards)
             checked.add(place)
     left = [p for p in report.problems if p.kind != "snapshot" and _place(p) not in checked]
     return [*left, *again.problems, *find_lost_records(storage), *check_snapshots(storage)]

@@ -220,12 +220,12 @@ def _check_files(folder: FeatureFolder, record: CommitRecord, report: VerifyRepo
             kind, detail = problem
             _add(report, folder, record.metadata.shard, kind, f"{folder.directory}/{data_file.path}: {detail}")
             readable &= kind != "missing"
-    for name in _extra_files(folder, record):
+    for name in extra_files(folder, record):
         _add(report, folder, record.metadata.shard, "extra", f"{name}: belongs to no shard; `gc` removes it")
     return readable
 
 
-def _extra_files(folder: FeatureFolder, record: CommitRecord) -> Iterator[str]:
+def extra_files(folder: FeatureFolder, record: CommitRecord) -> Iterator[str]:
     """Files in the folder of a shard that do not belong to it: a reader of the format might take them for data."""
     known = {f"{folder.directory}/{data_file.path}" for data_file in record.metadata.files}
     parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
@@ -243,7 +243,7 @@ def _check_file(folder: FeatureFolder, data_file: DataFile, report: VerifyReport
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
     except FileNotFoundError:
-        return "missing", "missing, though the commit record names it; restore it from a copy"
+        return "missing", "missing, though the commit record names it; `verify --repair` makes it again"
     except OSError as fault:
         return "missing", f"cannot be read: {fault.strerror}"
     report.bytes += size

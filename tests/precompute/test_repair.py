@@ -172,6 +172,41 @@ def test_damaged_empty_prompts_specs_and_snapshots_are_mended(good: Path, cache:
     assert tree(cache) == before, "nothing needed another generation"
 
 
+def test_a_spec_that_names_the_other_format_is_mended_and_no_shard_made_again(good: Path, cache: Path) -> None:
+    before = tree(cache)
+    spec = next(cache.glob("t5/*/spec.json"))
+    text = spec.read_text()
+    other = text.replace('"webdataset"', '"zarr"') if '"webdataset"' in text else text.replace('"zarr"', '"webdataset"')
+    spec.write_text(other)
+    assert {problem.kind for problem in verify_cache(LocalStorage(cache)).problems} == {"spec"}
+    outcome = repair(cache)
+    assert (outcome.remaining, outcome.shards_made) == ((), 0)
+    assert tree(cache) == before
+
+
+def test_files_too_many_in_the_folder_of_a_shard_are_taken_away(cache: Path) -> None:
+    before = tree(cache)
+    folders = [path for path in cache.glob("t5/*/data/*") if path.is_dir()]
+    for folder in folders:
+        (folder / "more").mkdir()
+        (folder / "more" / "zarr.json").write_text("{}")
+        (folder / "stray").write_text("")
+    assert len(verify_cache(LocalStorage(cache)).problems) == 2 * len(folders)
+    outcome = repair(cache)
+    assert (outcome.remaining, outcome.shards_made) == ((), 0)
+    assert tree(cache) == before
+
+
+def test_swapped_shards_are_mended(good: Path, cache: Path) -> None:
+    first, second, _ = sorted(cache.glob("llm/*/data/*"))
+    aside = cache / "aside"
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+    assert repair(cache).remaining == ()
+    assert_whole(cache, good)
+
+
 def test_a_snapshot_that_cannot_be_read_is_written_again(cache: Path) -> None:
     before = tree(cache)
     path = next(cache.glob("snapshots/*/snapshot.json"))
