@@ -118,6 +118,10 @@ def test_order_says_which_clips_each_rank_sees(small_cache: Path, capfd: pytest.
     assert all([len(keys) for keys in ranks] == [2, 2, 2, 2] for ranks in later)
     held_out = keys_of("--validation-shards", 1)
     assert len(held_out) == 2
+    assert keys_of("--snapshot", open_cache(str(small_cache)).snapshot.digest[:8]) == epoch
+    code, _, err = call(capfd, "order", "--cache", small_cache, "--global-batch-size", 8, "--snapshot", "0123")
+    assert code == 4
+    assert "snapshot 0123 is not here" in err
 
 
 def test_order_of_a_run_is_what_the_run_reads(small_cache: Path, capfd: pytest.CaptureFixture[str]) -> None:

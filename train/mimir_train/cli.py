@@ -168,6 +168,10 @@ def order(
     steps: Annotated[int | None, typer.Option(help="How many; default: one epoch.", min=0, show_default=False)] = None,
     world_size: Annotated[int, typer.Option(help="Ranks that share a step.", min=1)] = 1,
     feature: FeatureOption = None,
+    snapshot: Annotated[
+        str | None,
+        typer.Option(help="As data.snapshot in the run's config.yaml; default: the newest.", show_default=False),
+    ] = None,
     validation_shards: ValidationShardsOption = None,
     shards_per_block: Annotated[int, typer.Option(help="As data.shards_per_block of the run.", min=1)] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for a program to read.")] = False,
@@ -185,6 +189,7 @@ def order(
         start_step=start_step,
         steps=steps,
         world_size=world_size,
+        snapshot=snapshot,
     )
     for step, ranks in order_lines(request):
         echo(describe_order(step, ranks, as_json=as_json))

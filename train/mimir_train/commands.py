@@ -97,6 +97,8 @@ class OrderRequest:
     steps: int | None
     """None: one epoch."""
     world_size: int
+    snapshot: str | None = None
+    """Digest (or its beginning) of the one that a run pinned; None: the newest."""
 
 
 def order_lines(request: OrderRequest) -> Iterator[tuple[int, list[list[str]]]]:
@@ -104,7 +106,7 @@ def order_lines(request: OrderRequest) -> Iterator[tuple[int, list[list[str]]]]:
     from mimir_train.held_out import held_out_shards
 
     check_batch_sizes(request.global_batch_size, request.world_size, None)
-    cache = open_cache(request.cache, request.features)
+    cache = open_cache(request.cache, request.features, snapshot=request.snapshot)
     order = TrainingOrder(
         cache.buckets(held_out_shards(request.validation_shards, cache.num_shards)),
         seed=request.seed,
