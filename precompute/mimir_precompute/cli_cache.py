@@ -207,7 +207,7 @@ def convert(
         str | None, typer.Option("--format", help="webdataset or zarr: of every shard.", show_default=False)
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Tars with all features of a clip in one sample, for plain webdataset.")
+        bool, typer.Option("--merge", help="Tars with all features of a clip in one sample: an export, no cache.")
     ] = False,
     feature: Annotated[
         list[str] | None,

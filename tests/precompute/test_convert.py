@@ -20,6 +20,7 @@ from mimir_shared.manifest import CacheFormat
 from mimir_shared.snapshot_reader import open_snapshot
 from mimir_shared.storage import LocalStorage
 from tests.fake_encoders import FakeEncoders, tree
+from tests.precompute.test_cli import call
 from tests.precompute.test_pipeline import captions_of, encode, write_captions
 
 QUIET = Progress(quiet=True)
@@ -196,3 +197,23 @@ def test_merging_a_zarr_cache_gives_the_same_tensors(cache: Path, tmp_path: Path
     merge(tmp_path / "zarr", tmp_path / "b")
     tars = {name: data for name, data in tree(tmp_path / "a").items() if name.endswith(".tar")}
     assert tars == {name: data for name, data in tree(tmp_path / "b").items() if name.endswith(".tar")}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ((), 2, "give --format webdataset or --format zarr for a cache, or --merge for an export"),
+        (("--format", "zarr", "--merge"), 2, "give --format webdataset or --format zarr"),
+        (("--format", "hdf5"), 2, "--format 'hdf5': expected one of webdataset, zarr"),
+        (("--format", "zarr", "--feature", "t5=12"), 2, "--feature: goes with --merge"),
+        (("--merge", "--feature", "t5"), 2, "--feature 't5': expected NAME=FINGERPRINT"),
+        (("--format", "zarr"), 0, "12 shards written as zarr"),
+        (("--merge",), 0, "3 tars written"),
+    ],
+)
+def test_the_command_says_what_it_did_or_what_it_wants(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], options: tuple[str, ...], code: int, said: str
+) -> None:
+    found, out, err = call(capfd, "convert", cache, "--out", tmp_path / "out", *options)
+    assert found == code, err
+    assert said in (err if code else out)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,20 @@ class TestFormat:
                 samples.append(Sample(row=row, document=document, tensors=tensors, specs=specs, bucket=bucket))
         with tempfile.TemporaryDirectory() as folder:
             read_back(Path(folder), write_shard(Path(folder), data_format, samples), samples)
+
+    def test_memory_does_not_grow_with_the_samples(self, data_format: CacheFormat, tmp_path: Path) -> None:
+        tensors = {"x": counted("f32", 64, 1024), "r": counted("bf16", 32, 1024)}  # 320 kB
+        specs = specs_of(tensors, "r")
+        with open_shard_format(LocalStorage(tmp_path), data_format, 0) as writer:
+            tracemalloc.start()
+            try:
+                for row in range(40):
+                    writer.add(row, {"key": f"k{row}"}, tensors, specs, None)
+                writer.finish()
+                _, peak_bytes = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+        assert peak_bytes < 4 * 320_000
 
     def test_rows_must_rise(self, data_format: CacheFormat, tmp_path: Path) -> None:
         sample = text_and_hidden(1, 2)
