@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Fault = Literal["500", "503", "403", "409", "timeout", "trickle", "cut", "short", "flip", "lost", "reset", "stale"]
+Fault = Literal[
+    "500", "503", "403", "404", "409", "timeout", "trickle", "cut", "short", "flip", "lost", "reset", "stale"
+]
 Plan = Callable[[str, str, int], Fault | None]
 """(method, path with query, number of the request) → what happens to it."""
 
@@ -22,6 +24,7 @@ _CODES = {
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),
     "403": (403, "AccessDenied"),
+    "404": (404, "NoSuchUpload"),
     "409": (409, "ConditionalRequestConflict"),
 }
 _HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "date", "server"}

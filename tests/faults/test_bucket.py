@@ -228,6 +228,18 @@ def test_an_upload_in_parts_survives_faults(fault: Fault, location: str, proxy: 
     assert proxy.faults[fault] >= 4, proxy.faults
 
 
+def test_an_upload_whose_end_was_done_and_its_answer_lost_is_known_again(location: str, proxy: FaultProxy) -> None:
+    data = np.random.default_rng(1).bytes(11_000_000)
+    storage = ObjectStorage(location, limits=replace(IN_ONE_PIECE, request_s=5.0))
+    ends = iter(["lost", *["404"] * 10])  # a second end finds no upload
+    proxy.plan = lambda method, path, number: next(ends) if method == "POST" and "uploadId" in path else None  # type: ignore[return-value]
+    with storage.temporary() as temporary:
+        temporary.file.write(data)
+        storage.publish_content(temporary, "data/x.tar", "")
+    assert storage.read("data/x.tar") == data
+    assert dict(proxy.faults) == {"lost": 1, "404": 1}
+
+
 def test_an_upload_that_ends_half_way_is_not_there(location: str, proxy: FaultProxy) -> None:
     storage = ObjectStorage(location, limits=replace(IMPATIENT, request_s=5.0, part_bytes=5 << 20))
     proxy.plan = lambda method, path, number: "500" if "partNumber=2" in path else None
