@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mimir_precompute.lease import SeenLease, read_lease, storage_time_s, take_over
+from mimir_precompute.lease import all_leases, read_lease, storage_time_s, take_over
 from mimir_shared.errors import CacheError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder, find_features
-from mimir_shared.features import FEATURES
-from mimir_shared.layout import lease_directory, lease_name, parse_record_name
+from mimir_shared.layout import lease_name, parse_record_name
 from mimir_shared.snapshot import Snapshot, list_snapshots
 from mimir_shared.storage import LocalStorage, machine_faults
 
@@ -74,7 +73,7 @@ class _Collector:
         self._storage = storage
         self._grace_s = grace_s
         self._now_s = storage_time_s(storage)
-        self._leases = list(_all_leases(storage))
+        self._leases = list(all_leases(storage))
         self._leased = {lease.name for lease in self._leases if not lease.is_stale(self._now_s)}
         self._snapshot_names = storage.list("snapshots")
         self._snapshots = list_snapshots(storage)
@@ -229,16 +228,6 @@ class _Records:
             whole = shard not in self.damaged and all(map(self._storage.exists, self._files.get((shard, newest), ())))
             if generation < newest and whole:
                 yield shard, generation
-
-
-def _all_leases(storage: LocalStorage) -> Iterator[SeenLease]:
-    for feature in FEATURES:
-        for fingerprint in storage.list(f"leases/{feature}"):
-            directory = lease_directory(feature, fingerprint)
-            for name in storage.list(directory):
-                seen = read_lease(storage, f"{directory}/{name}")
-                if seen is not None:
-                    yield seen
 
 
 def _files(storage: LocalStorage, name: str) -> Iterator[str]:

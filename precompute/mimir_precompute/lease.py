@@ -12,7 +12,7 @@ import random
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -22,6 +22,7 @@ from mimir_precompute.termination import when_stopped
 from mimir_shared.errors import InputError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.features import FEATURES
 from mimir_shared.layout import lease_directory, lease_name
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.process_identity import life_of, process_domain
@@ -54,12 +55,17 @@ class SeenLease:
     ttl_s: float = HEARTBEAT_S * TTL_HEARTBEATS
     """The owner touches it much more often than this."""
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the owner ran on this machine and certainly does not any more."""
+        return self.pid > 0 and life_of(self.domain, self.pid) == "dead"
+
     def is_stale(self, now_s: float) -> bool:
         """Whether its owner is dead, or has not touched it for long.
 
         A time far ahead is stale too: the storage's clock was set back, and no heartbeat has come since.
         """
-        return (self.pid > 0 and life_of(self.domain, self.pid) == "dead") or abs(now_s - self.touched_s) > self.ttl_s
+        return self.is_dead or abs(now_s - self.touched_s) > self.ttl_s
 
 
 def read_lease(storage: LocalStorage, name: str) -> SeenLease | None:
@@ -74,6 +80,17 @@ def read_lease(storage: LocalStorage, name: str) -> SeenLease | None:
         return None
     except (ValueError, TypeError):
         return SeenLease(name=name, touched_s=touched_s)
+
+
+def all_leases(storage: LocalStorage) -> Iterator[SeenLease]:
+    """Every lease of a cache."""
+    for feature in FEATURES:
+        for fingerprint in storage.list(f"leases/{feature}"):
+            directory = lease_directory(feature, fingerprint)
+            for name in storage.list(directory):
+                seen = read_lease(storage, f"{directory}/{name}")
+                if seen is not None:
+                    yield seen
 
 
 def take_over(storage: LocalStorage, seen: SeenLease) -> bool:
@@ -159,6 +176,13 @@ class Leases:
                     return None
                 except FileNotFoundError:
                     continue  # another worker has just removed the empty folder
+
+    def remove_abandoned(self) -> None:
+        """Remove the leases of processes that died on this machine, committed shards' among them."""
+        with machine_faults(f"{self.storage.root}/leases: removing those of dead processes"):
+            for lease in all_leases(self.storage):
+                if lease.is_dead:
+                    take_over(self.storage, lease)
 
     def holds(self, name: str) -> bool:
         return name in self._held

@@ -156,6 +156,7 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
     specs = open_features(job)
     outcome = EncodeOutcome()
     with Leases(job.storage, heartbeat_s=job.heartbeat_s) as leases:
+        leases.remove_abandoned()
         if job.remaking is None:
             progress.expect(missing_clips(job, specs))
         for feature in job.features:

@@ -8,17 +8,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from mimir_shared.storage_protocol import Storage
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
-
-
-class Killable(Protocol):
-    """A subprocess.Popen or multiprocessing.Process."""
-
-    def kill(self) -> None: ...
 
 
 class _Endings:
@@ -55,19 +48,12 @@ def when_stopped(action: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def end_with_us(process: Killable) -> Iterator[None]:
-    """While the block runs, a signal that ends this process kills that child of it too."""
-    with when_stopped(process.kill):
-        yield
-
-
-@contextmanager
 def working_on(storage: Storage) -> Iterator[None]:
     """While the block runs, SIGTERM ends the process with 143 and SIGINT with 130, leaving nothing behind.
 
-    Children are killed, leases dropped, temporary files removed; so are the latter when the block ends. A
-    thread waits for the signal, for a handler of Python's would wait for the end of a long call into a
-    library in the main thread. To be called from the main thread.
+    Leases are dropped and temporary files removed (the latter also when the block ends); children end by
+    themselves, for they ask the system to (PR_SET_PDEATHSIG). A thread waits for the signal, for a handler of
+    Python's would wait for the end of a long call into a library in the main thread. To be called from there.
     """
     receiver, sender = socket.socketpair()
     sender.setblocking(False)

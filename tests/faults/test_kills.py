@@ -30,6 +30,7 @@ def test_twenty_random_kills_of_three_workers_leave_the_cache_of_an_undisturbed_
         battery.run()
         run_alone(lambda: encode(cache, world.clips))  # noqa: B023
         assert_same_cache(cache, world.uninterrupted)
+        _assert_nothing_left(cache)
         kills += battery.done
     assert kills >= 20
 
@@ -50,9 +51,15 @@ def test_twenty_kills_at_a_failpoint_leave_the_cache_of_an_undisturbed_worker(
         kills += _kill_at(point, cache, world, passed, choose)
         run_alone(lambda: encode(cache, world.clips))  # noqa: B023
         assert_same_cache(cache, world.uninterrupted)
+        _assert_nothing_left(cache)
         assert rounds <= 3 * KILLS_AT_EACH_POINT, f"{point} is rarely reached: {passed.value} times"
         shutil.rmtree(cache)
     assert passed.value >= KILLS_AT_EACH_POINT
+
+
+def _assert_nothing_left(cache: Path) -> None:
+    """No temporary file and no lease of a killed worker."""
+    assert [path for folder in ("tmp", "leases") for path in (cache / folder).rglob("*") if path.is_file()] == []
 
 
 def _kill_at(point: str, cache: Path, world: World, passed: Counter, choose: random.Random) -> int:

@@ -200,3 +200,12 @@ def test_a_lease_taken_afresh_meanwhile_goes_back_to_its_owner(storage: LocalSto
         fast.take(name_of(0))
         assert not take_over(storage, stale)
         assert not Leases(storage).take(name_of(0))
+
+
+def test_leases_of_processes_that_died_here_are_removed_at_the_start_and_others_stay(storage: LocalStorage) -> None:
+    write_lease(storage, 0, pid=dead_pid(), domain=process_domain())
+    write_lease(storage, 1, pid=os.getppid(), domain=process_domain(), age_s=HOUR_S)
+    write_lease(storage, 2, pid=1, domain="another boot", age_s=HOUR_S)
+    with Leases(storage) as leases:
+        leases.remove_abandoned()
+    assert [read_lease(storage, name_of(shard)) is None for shard in range(3)] == [True, False, False]
