@@ -221,7 +221,8 @@ def _check_files(folder: FeatureFolder, record: CommitRecord, report: VerifyRepo
             _add(report, folder, record.metadata.shard, kind, f"{folder.directory}/{data_file.path}: {detail}")
             readable &= kind != "missing"
     for name in extra_files(folder, record):
-        _add(report, folder, record.metadata.shard, "extra", f"{name}: belongs to no shard; `verify --repair` or `gc` removes it")
+        detail = f"{name}: belongs to no shard; `verify --repair` or `gc` removes it"
+        _add(report, folder, record.metadata.shard, "extra", detail)
     return readable
 
 
