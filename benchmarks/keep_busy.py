@@ -237,6 +237,8 @@ def main() -> None:
 
 def print_busy(runs: list[Measured], options: argparse.Namespace) -> None:
     """One row a run, and the median of their ratios."""
+    if not runs:
+        return
     write = sys.stdout.write
     write(f"{options.clips} clips of {options.clip_s:g} s, shards of {options.shard_size}, ")
     write(f"{options.decode_workers} decode workers\n")
@@ -245,8 +247,7 @@ def print_busy(runs: list[Measured], options: argparse.Namespace) -> None:
     for number, one in enumerate(runs, 1):
         write(f"| {number} | {one.start_up_s:.2f} | {one.busy_s:.1f} | {one.rest_s:.2f} | {one.finish_s:.2f} ")
         write(f"| {one.ratio:.3f} |\n")
-    if runs:
-        write(f"ratio: median {median(one.ratio for one in runs):.3f}, worst {max(one.ratio for one in runs):.3f}\n")
+    write(f"ratio: median {median(one.ratio for one in runs):.3f}, worst {max(one.ratio for one in runs):.3f}\n")
 
 
 def print_memory(runs: list[Measured], options: argparse.Namespace) -> None:
