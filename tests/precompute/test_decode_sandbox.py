@@ -340,8 +340,8 @@ class TestLife:
         )
         assert worker.stdout is not None
         child = int(worker.stdout.readline())
+        time.sleep(0.5)  # it has been asked, and hangs
         assert is_alive(child)
-        time.sleep(0.3)
         worker.send_signal(number)
         assert worker.wait(5) == (-number if number == signal.SIGKILL else 143)
         wait_for_end(child)
@@ -360,7 +360,7 @@ sandbox = DecodeSandbox(program=(program,))
 geometry = Geometry(buckets=(Bucket(frames=9, height=64, width=96),), fps=8)
 with working_on(LocalStorage(folder)):
     threading.Thread(target=sandbox.decode, args=(folder / "clip",), kwargs={"geometry": geometry}).start()
-    while not sandbox._children:
+    while not any(child.num_asked for child in sandbox._children):
         time.sleep(0.01)
     print(next(iter(sandbox._children))._process.pid, flush=True)
     time.sleep(600)
