@@ -259,6 +259,8 @@ def encode_feature(
                 log=log,
             )
         )
+        if (told := log.encoder_finished(feature, encoder)) is not None:
+            progress.say(told)
     return outcome
 
 

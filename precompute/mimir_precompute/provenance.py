@@ -18,6 +18,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
+from mimir_precompute.encoders.base import ReportingEncoder
 from mimir_precompute.shard_writer import FinishedShard
 from mimir_shared.fingerprint import differences
 from mimir_shared.storage import LocalStorage, machine_faults
@@ -94,6 +95,14 @@ class RunLog:
                     if isinstance(event, dict) and event.items() >= wanted.items():
                         return event
         return None
+
+    def encoder_finished(self, feature: str, encoder: object) -> str | None:
+        """Record how an encoder fared, if it tells; one line for a person of it."""
+        if not isinstance(encoder, ReportingEncoder):
+            return None
+        told = dict(encoder.report())
+        self._write({"event": "encoder", "feature": feature, **told})
+        return f"{feature}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
 
     @contextmanager
     def shard(self, feature: str, shard: int) -> Iterator[ShardEntry]:

@@ -33,6 +33,10 @@ class AnswerEngine(Protocol):
         """Answer prompts, in order."""
         ...
 
+    def report(self) -> dict[str, float | int | str]:
+        """How it fared: the engine's name, and among the rest `answer_tokens_per_s`."""
+        ...
+
     def close(self) -> None:
         """Free the model's memory; the engine is of no use afterwards."""
         ...

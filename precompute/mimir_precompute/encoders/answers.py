@@ -54,6 +54,10 @@ class AnswersEncoder:
             raise MachineError(f"the engine does not answer the empty prompt: {encoded.rejection.detail}; run it again")
         return encoded
 
+    def report(self) -> Mapping[str, float | int | str]:
+        """What the engine did so far."""
+        return self.engine.report()
+
     def close(self) -> None:
         """Free the model's memory; the encoder is of no use afterwards."""
         self.engine.close()

@@ -58,6 +58,15 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class ReportingEncoder(Encoder, Protocol):
+    """An encoder that can say how it fared."""
+
+    def report(self) -> Mapping[str, float | int | str]:
+        """Counts and times since it was built, for a log."""
+        ...
+
+
 class Pending(Protocol):
     """A batch that a device may still be encoding."""
 

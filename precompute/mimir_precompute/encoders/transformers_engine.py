@@ -5,6 +5,7 @@ its batch mates nor on the order. Batching can still change the last bits of a l
 tokens that are all but equal.
 """
 
+import time
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -48,7 +49,11 @@ class TransformersEngine:
         self.end_ids = list(end_ids)
         self.temperature = temperature
         self.batch_size = batch_size
+        self._prompts = self._prompt_tokens = self._answer_tokens = 0
+        self._busy_s = 0.0
+        began = time.monotonic()
         self.lm = load_causal_lm(model, dtype, device)
+        self._start_s = time.monotonic() - began
         # generate() fills what a call leaves open from here: a model's own sampling defaults or repetition
         # penalty would make variant 0 something else than greedy
         self.lm.generation_config = GenerationConfig()
@@ -63,6 +68,7 @@ class TransformersEngine:
         def launch_kind(i: int) -> tuple[bool, int]:
             return requests[i].seed is not None, requests[i].max_new_tokens
 
+        began = time.monotonic()
         order = sorted(range(len(requests)), key=lambda i: (launch_kind(i), len(requests[i].prompt_ids), i))
         answers: list[Answer] = [[] for _ in requests]
         for _, kind in groupby(order, key=launch_kind):
@@ -71,7 +77,22 @@ class TransformersEngine:
                 launch = members[start : start + self.batch_size]
                 for i, answer in zip(launch, self._launch([requests[i] for i in launch]), strict=True):
                     answers[i] = answer
+                    self._answer_tokens += len(answer)
+        self._prompts += len(requests)
+        self._prompt_tokens += sum(len(request.prompt_ids) for request in requests)
+        self._busy_s += time.monotonic() - began
         return answers
+
+    def report(self) -> dict[str, float | int | str]:
+        """What the engine did, for the log."""
+        return {
+            "engine": f"transformers {transformers.__version__}",
+            "start_s": round(self._start_s, 2),
+            "prompts": self._prompts,
+            "prompt_tokens": self._prompt_tokens,
+            "answer_tokens": self._answer_tokens,
+            "answer_tokens_per_s": round(self._answer_tokens / self._busy_s, 1) if self._busy_s else 0.0,
+        }
 
     def close(self) -> None:
         """Free the model's memory; the engine is of no use afterwards."""

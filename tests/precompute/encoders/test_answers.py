@@ -183,3 +183,14 @@ def test_generate_gives_answers_in_the_order_of_the_requests(families: dict[str,
 def test_prompts_longer_than_the_models_context_are_refused(families: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="take up to 3"):
         make_answers(families["phi3"], max_caption_tokens=3000)
+
+
+def test_the_engine_says_what_it_did(families: dict[str, Path]) -> None:
+    encoder = make_answers(families["phi3"])
+    documents = encoder.encode(inputs(CAPTIONS[:2]))
+    told = encoder.report()
+    variants = [encoded.document["variants"][0] for encoded in documents]
+    answers = [answer for v in variants for answer in (v["answer"], *v["instructions"])]
+    assert told["answer_tokens"] == sum(len(answer["token_ids"]) for answer in answers)
+    assert told["prompts"] == len(answers) == 6
+    assert float(told["answer_tokens_per_s"]) > 0
