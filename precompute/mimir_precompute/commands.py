@@ -1,7 +1,7 @@
 """From the options of the command line, checked, to one call of the work."""
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -66,9 +66,11 @@ def run_plan(
     if existing is None:
         request.geometry()  # wrong options are told before a long list is read
     listed = read_clip_list(clips, video_key=video_key, caption_key=caption_key, limit=limit)
-    if not dry_run:
-        storage.check_writable()
-    return update_plan(storage, existing, listed, request, dry_run=dry_run)
+    with ExitStack() as stack:
+        if not dry_run:
+            stack.callback(storage.tidy)
+            storage.check_writable()
+        return update_plan(storage, existing, listed, request, dry_run=dry_run)
 
 
 def run_encode(request: EncodeRequest) -> EncodeOutcome:
@@ -87,24 +89,25 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     progress = Progress()
     plan = _plan_for(request, storage, progress)
     shards = parse_shards(request.shards, plan.num_shards)
-    storage.check_writable()
-    encoders = open_encoders(plan, request.models, features)
-    decoder = DecodeSandbox(request.decode_limits)
-    job = EncodeJob(
-        storage=storage,
-        plan=plan,
-        encoders=encoders,
-        shards=shards,
-        features=features,
-        on_mismatch=on_mismatch,
-        data_format=data_format,
-        max_quarantined=request.max_quarantined,
-        accept_quarantine=request.accept_quarantine,
-        decode_workers=request.decode_workers,
-        decoder=decoder,
-    )
-    with working_on(storage), closing(decoder):
-        return encode_cache(job, progress, RunLog(storage, device))
+    with working_on(storage):
+        storage.check_writable()
+        encoders = open_encoders(plan, request.models, features)
+        decoder = DecodeSandbox(request.decode_limits)
+        job = EncodeJob(
+            storage=storage,
+            plan=plan,
+            encoders=encoders,
+            shards=shards,
+            features=features,
+            on_mismatch=on_mismatch,
+            data_format=data_format,
+            max_quarantined=request.max_quarantined,
+            accept_quarantine=request.accept_quarantine,
+            decode_workers=request.decode_workers,
+            decoder=decoder,
+        )
+        with closing(decoder):
+            return encode_cache(job, progress, RunLog(storage, device))
 
 
 def open_encoders(plan: Plan, options: ModelOptions, features: Sequence[FeatureName]) -> "ModelEncoders":
@@ -144,8 +147,10 @@ def run_finalize(cache: str, wanted: Sequence[str]) -> Snapshot:
     storage = open_storage(cache)
     plan = read_plan(storage)
     choices = parse_feature_choices(wanted)
-    storage.check_writable()
-    return write_snapshot(storage, plan, select_features(storage, choices))
+    with ExitStack() as stack:
+        stack.callback(storage.tidy)
+        storage.check_writable()
+        return write_snapshot(storage, plan, select_features(storage, choices))
 
 
 def run_inspect(

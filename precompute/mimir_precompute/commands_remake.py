@@ -58,14 +58,15 @@ def _opened(request: RemakeRequest) -> Iterator[tuple[LocalStorage, JobMaker, Pr
 
     device = choose_device(request.models.device)
     storage = open_folder(request.cache)
-    storage.check_writable()
-    decoder = DecodeSandbox(request.decode_limits)
+    with working_on(storage):
+        storage.check_writable()
+        decoder = DecodeSandbox(request.decode_limits)
 
-    def make_job(plan: Plan, features: tuple[FeatureName, ...], remaking: Remaking) -> EncodeJob:
-        return remake_job(request, storage, plan, features, remaking, decoder)
+        def make_job(plan: Plan, features: tuple[FeatureName, ...], remaking: Remaking) -> EncodeJob:
+            return remake_job(request, storage, plan, features, remaking, decoder)
 
-    with working_on(storage), closing(decoder):
-        yield storage, make_job, Progress(), RunLog(storage, device)
+        with closing(decoder):
+            yield storage, make_job, Progress(), RunLog(storage, device)
 
 
 def remake_job(

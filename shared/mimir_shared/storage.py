@@ -246,11 +246,11 @@ class LocalStorage:
         that walk the cache meanwhile.
         """
         own = f"{_TEMPORARY}/{process_domain()}-{os.getpid()}-"
-        for name in self.temporaries():
-            if name.startswith(own):
-                with contextlib.suppress(OSError):
+        # a disk that fails, or is gone, has been told of already: what is left is removed by another run
+        with contextlib.suppress(OSError, MachineError):
+            for name in self.temporaries():
+                if name.startswith(own):
                     self.remove_temporary(self.path(name))
-        with contextlib.suppress(OSError):
             self.disk.remove_directory(self.root / _TEMPORARY)
 
     def stop_creating(self) -> None:
