@@ -2,11 +2,13 @@
 
 import logging
 import random
+import threading
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from mimir_shared.bucket_requests import RequestLimits
 from mimir_shared.object_storage import ObjectStorage
@@ -25,16 +27,26 @@ QUICK = RequestLimits(connect_s=1.0, request_s=0.6, action_s=10.0, first_pause_s
 
 @contextmanager
 def moto_server() -> Iterator[int]:
-    """Port of a server of its own."""
-    from moto.server import ThreadedMotoServer  # large, and not for those who only fork
+    """Port of a server of its own. It takes one write at a time: moto looks and then stores, which services do at once."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server  # large, and not for those who only fork
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    application = DomainDispatcherApplication(create_backend_app)
+    writing = threading.Lock()
+
+    def one_writer(environ: Any, start_response: Any) -> Any:  # as WSGI has them
+        with nullcontext() if environ["REQUEST_METHOD"] in ("GET", "HEAD") else writing:
+            return application(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, one_writer, threaded=True, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
     try:
-        yield server.get_host_and_port()[1]
+        yield server.server_port
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
 
 
 def new_bucket(port: int) -> str:
