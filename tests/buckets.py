@@ -27,7 +27,7 @@ QUICK = RequestLimits(connect_s=1.0, request_s=0.6, action_s=10.0, first_pause_s
 
 @contextmanager
 def moto_server() -> Iterator[int]:
-    """Port of a server of its own. It takes one write at a time: moto looks and then stores, which services do at once."""
+    """Port of a server. It takes one write at a time: moto looks and then stores, which services do in one step."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server  # large, and not for those who only fork
 
