@@ -48,7 +48,7 @@ OPEN: Final = """
 import json, sys, time
 begun = time.perf_counter()
 from mimir_train.batch import LATENT_TENSORS
-imported = time.perf_counter()
+imported, cpu = time.perf_counter(), time.process_time()
 from mimir_train.cache_reader import open_cache
 from mimir_train.step_reader import ReadOptions
 cache = open_cache(sys.argv[1])
@@ -61,6 +61,7 @@ dataset.load_state_dict(state)
 batch = next(iter(dataset))
 assert batch["step"] == int(sys.argv[3])
 print(json.dumps({"import": imported - begun, "open": opened - imported, "first": time.perf_counter() - opened,
+                  "cpu": time.process_time() - cpu,
                   "state_bytes": len(json.dumps(dataset.state_dict()))}))
 """
 
@@ -132,12 +133,15 @@ def open_rows(cache: Path, steps_per_epoch: int, repetitions: int) -> list[str]:
     for _ in range(repetitions):
         for name, step in places.items():
             found[name].append(measure_opening(cache, step))
-    rows = ["| opening | open, s | first batch, s | together, s (range) | state, bytes |", "|---|---|---|---|---|"]
+    rows = [
+        "| opening | open, s | first batch, s | together, s (range) | CPU, s | state, bytes |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, runs in found.items():
         sums = [run["open"] + run["first"] for run in runs]
-        opened, first = (statistics.median(run[part] for run in runs) for part in ("open", "first"))
+        opened, first, cpu = (statistics.median(run[part] for run in runs) for part in ("open", "first", "cpu"))
         rows.append(f"| {name} | {opened:.2f} | {first:.2f} | {statistics.median(sums):.2f} "
-                    f"({min(sums):.2f}–{max(sums):.2f}) | {runs[0]['state_bytes']:.0f} |")  # fmt: skip
+                    f"({min(sums):.2f}–{max(sums):.2f}) | {cpu:.2f} | {runs[0]['state_bytes']:.0f} |")  # fmt: skip
     return rows
 
 
@@ -181,14 +185,14 @@ def main() -> None:
         storage.create("plan/0000.parquet", write_plan(settings, columns, None))
         plan = read_plan(storage)
         folders: dict[FeatureName, Any] = {name: write_feature(storage, plan, name) for name in FEATURES}
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         snapshot = write_snapshot(storage, plan, folders)
-        took_s = time.perf_counter() - started
+        took_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         index_bytes = storage.size(f"{snapshot.directory}/index.arrow")
         rows = [
             f"{options.clips:,} clips, {plan.num_shards:,} shards, 4 features; index of {index_bytes / 1e6:.0f} MB; "
-            f"snapshot written in {took_s:.1f} s (peak memory of the process {peak:.2f} GB)",
+            f"snapshot written in {took_s:.1f} s, {cpu_s:.1f} s of CPU (peak memory of the process {peak:.2f} GB)",
             "",
             *open_rows(Path(scratch), options.clips // BATCH_SIZE, options.repetitions),
             "",

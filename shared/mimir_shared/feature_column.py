@@ -243,9 +243,15 @@ def _departing(tensor: TensorColumn, sizes: Sequence[int | None], numbers: np.nd
     """The first of some clips whose dims or bytes do not fit; None where all do."""
     if tensor.shape.shape[1] != len(sizes):
         return int(numbers[0]) if len(numbers) else None
-    shape = tensor.shape[numbers]
-    nbytes = shape.prod(axis=1, dtype=np.int64) * NUMPY_DTYPES[tensor.dtype].itemsize
-    fits = nbytes == tensor.nbytes[numbers]
+    if len(numbers) == len(tensor.shape):
+        numbers = np.arange(len(numbers))  # all clips: in the order of the index nothing needs to be gathered
+        shape, stored = tensor.shape, tensor.nbytes
+    else:
+        shape, stored = tensor.shape[numbers], tensor.nbytes[numbers]
+    nbytes = np.full(len(numbers), NUMPY_DTYPES[tensor.dtype].itemsize, np.int64)
+    for dim in range(shape.shape[1]):
+        nbytes *= shape[:, dim]
+    fits = nbytes == stored
     for dim, size in enumerate(sizes):
         if size is not None:
             fits &= shape[:, dim] == size
