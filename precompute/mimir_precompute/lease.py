@@ -168,7 +168,8 @@ class Leases:
             temporary.file.write(owner)
             temporary.file.flush()
             while True:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError, FileNotFoundError):  # it may go while it is made
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     self.storage.disk.link(temporary.path, path)
                     return os.dup(temporary.file.fileno())
