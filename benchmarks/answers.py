@@ -17,7 +17,8 @@ from typing import Any
 from mimir_precompute.config import AnswersSettings, ModelSource, VllmSettings
 from mimir_precompute.encoders.answers import AnswersEncoder
 from mimir_precompute.encoders.base import EncoderInput
-from mimir_precompute.encoders.vllm_engine import VllmEngine, vllm_version
+from mimir_precompute.encoders.vllm_engine import VllmEngine
+from mimir_precompute.encoders.vllm_process import vllm_version
 from mimir_precompute.model_files import resolve_model
 from mimir_precompute.toy.models import write_toy_models
 from mimir_shared.command_line import echo

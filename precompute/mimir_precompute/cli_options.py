@@ -105,6 +105,11 @@ LlmEngineOption = Annotated[
     typer.Option("--llm-engine", help="Who writes the answers: vllm, transformers, or auto: vllm on a GPU where it is "
                  "installed.", rich_help_panel=MODELS),
 ]  # fmt: skip
+LlmHiddenEngineOption = Annotated[
+    str,
+    typer.Option("--llm-hidden-engine", help="Who computes the feature llm: transformers, or vllm, for the last layer.",
+                 rich_help_panel=MODELS),
+]  # fmt: skip
 LlmTensorParallelOption = Annotated[
     int,
     typer.Option("--llm-tensor-parallel", help="GPUs that share the LLM (vllm).", min=1, rich_help_panel=MODELS),

@@ -8,7 +8,7 @@ from mimir_shared.errors import InputError
 ComputeDType = Literal["float32", "bfloat16"]
 StoredLatents = Literal["moments", "mean", "sample"]
 VaeEngine = Literal["fast", "diffusers"]
-AnswerEngineName = Literal["transformers", "vllm"]
+LlmEngineName = Literal["transformers", "vllm"]
 InstructionPooling = Literal["mean", "last", "query"]
 LlmLayer = int | Literal["last", "mean"]
 
@@ -157,7 +157,7 @@ class VllmSettings:
 class AnswersSettings:
     source: ModelSource
     dtype: ComputeDType = "bfloat16"
-    engine: AnswerEngineName = "transformers"
+    engine: LlmEngineName = "transformers"
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """Read by the engine vllm alone."""
     instructions: tuple[Instruction, ...] = DEFAULT_INSTRUCTIONS
@@ -197,7 +197,19 @@ class LlmSettings:
     instruction_pooling: InstructionPooling = "mean"
     """What becomes an instruction's token: the mean over its answer's rows, the answer's last row, or the row of the
     prompt's last token, from which the answer begins. Of an empty answer always the last."""
+    engine: LlmEngineName = "transformers"
+    """vllm: its per-token pooling, which has the last layer alone and forms its own batches."""
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+    """Read by the engine vllm alone; it caches no prefix here, for rows are wanted of every token."""
     batch_size: int = 8
+    """Sequences a launch, of the engine transformers."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "vllm" and self.layer != "last":
+            raise InputError(
+                f"--llm-hidden-engine vllm: gives --llm-layer last alone, got {self.layer}; give --llm-hidden-engine "
+                f"transformers for other layers"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

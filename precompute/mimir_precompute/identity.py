@@ -7,9 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mimir_precompute.config import Bucket, EncodeSettings, Geometry, LlmLayer, ModelSource, VaeEngine
+from mimir_precompute.config import (
+    AnswersSettings,
+    Bucket,
+    EncodeSettings,
+    Geometry,
+    LlmLayer,
+    LlmSettings,
+    ModelSource,
+    VaeEngine,
+)
 from mimir_precompute.encoders.prompts import INSTRUCTION_SEPARATOR, TEMPLATE_ARGUMENTS
-from mimir_precompute.encoders.vllm_engine import vllm_version
+from mimir_precompute.encoders.vllm_process import vllm_version
 from mimir_precompute.frames import RESIZE_KERNEL
 from mimir_precompute.model_files import ModelPart, ResolvedModel, resolve_model
 from mimir_shared.errors import InputError
@@ -225,7 +234,7 @@ def _answers_settings(settings: EncodeSettings, models: FeatureModels) -> dict[s
     return {
         "dtype": answers.dtype,
         "engine": answers.engine,
-        **_engine_settings(settings, models),
+        **_engine_settings(settings.answers, models),
         "chat_template_sha256": models.model.chat_template_sha256,
         "chat_template_arguments": dict(TEMPLATE_ARGUMENTS),
         "instruction_separator": INSTRUCTION_SEPARATOR,
@@ -239,19 +248,18 @@ def _answers_settings(settings: EncodeSettings, models: FeatureModels) -> dict[s
     }
 
 
-def _engine_settings(settings: EncodeSettings, models: FeatureModels) -> dict[str, JsonValue]:
-    """What of an engine may change a choice between two tokens that are all but equal."""
-    answers = settings.answers
-    if answers.engine == "transformers":
-        return {"attention": attention_implementation(models.model.config), "batch_size": answers.batch_size}
-    return {
-        "engine_settings": {
-            "version": vllm_version(),
-            "tensor_parallel_size": answers.vllm.tensor_parallel_size,
-            "max_num_seqs": answers.vllm.max_num_seqs,
-            "prefix_caching": answers.vllm.prefix_caching,
-        }
+def _engine_settings(settings: AnswersSettings | LlmSettings, models: FeatureModels) -> dict[str, JsonValue]:
+    """What of an engine may change the last bits, or a choice between two tokens that are all but equal."""
+    if settings.engine == "transformers":
+        return {"attention": attention_implementation(models.model.config), "batch_size": settings.batch_size}
+    of_vllm: dict[str, JsonValue] = {
+        "version": vllm_version(),
+        "tensor_parallel_size": settings.vllm.tensor_parallel_size,
+        "max_num_seqs": settings.vllm.max_num_seqs,
     }
+    if isinstance(settings, AnswersSettings):
+        of_vllm["prefix_caching"] = settings.vllm.prefix_caching
+    return {"engine_settings": of_vllm}
 
 
 def _llm_settings(
@@ -262,8 +270,9 @@ def _llm_settings(
         # prompts, instructions and variants are those of the answers
         "answers": fingerprint(answers),
         "dtype": llm.dtype,
-        "attention": attention_implementation(models.model.config),
-        "batch_size": llm.batch_size,
+        # transformers is not named: it was the only engine once, and its identity stays what it was
+        **({"engine": llm.engine} if llm.engine != "transformers" else {}),
+        **_engine_settings(llm, models),
         "max_caption_tokens": llm.max_caption_tokens,
         "layer": _layer_identity(llm.layer, models.model.config),
         "instruction_pooling": llm.instruction_pooling,

@@ -10,6 +10,8 @@ from mimir_precompute.identity import FeatureModels, feature_identity, resolve_m
 from mimir_shared.features import FeatureName
 
 _WHOLE_SHARD: Final = 1 << 20
+_CLIPS_OF_ROWS: Final = 64
+"""What is kept of a clip's rows takes up to 2 MB for each answer of a 3,072-wide LLM in bfloat16."""
 
 
 class ModelEncoders:
@@ -32,13 +34,14 @@ class ModelEncoders:
         )
 
     def batch_size(self, feature: FeatureName) -> int:
-        # vLLM forms its own batches, and the larger the set it chooses from the better: a shard at once
-        answers = self._settings.answers
+        # vLLM forms its own batches, and the larger the set it chooses from the better: a shard of answers at once;
+        # of hidden rows as many as fit into memory
+        answers, llm = self._settings.answers, self._settings.llm
         sizes: dict[FeatureName, int] = {
             "latents": self._settings.latents.batch_size,
             "t5": self._settings.t5.batch_size,
             "answers": answers.batch_size if answers.engine == "transformers" else _WHOLE_SHARD,
-            "llm": self._settings.llm.batch_size,
+            "llm": llm.batch_size if llm.engine == "transformers" else _CLIPS_OF_ROWS,
         }
         return sizes[feature]
 

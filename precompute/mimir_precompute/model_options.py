@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 from mimir_precompute.config import (
     DEFAULT_INSTRUCTIONS,
-    AnswerEngineName,
     AnswersSettings,
     ComputeDType,
     EncodeSettings,
     InstructionPooling,
+    LlmEngineName,
     LlmLayer,
     LlmSettings,
     ModelSource,
@@ -21,7 +21,7 @@ from mimir_precompute.config import (
     VaeSettings,
     VllmSettings,
 )
-from mimir_precompute.encoders.vllm_engine import require_vllm, vllm_version
+from mimir_precompute.encoders.vllm_process import require_vllm, vllm_version
 from mimir_precompute.instruction_file import read_instructions
 from mimir_precompute.option_values import parse_choice
 from mimir_precompute.presets import PRESETS, Preset
@@ -44,6 +44,7 @@ class ModelOptions:
     t5_rows: str = "all"
     answer_variants: int = 1
     llm_engine: str = "auto"
+    llm_hidden_engine: str = "transformers"
     llm_tensor_parallel: int = 1
     llm_memory_share: float = 0.9
     instructions: str | None = None
@@ -67,6 +68,9 @@ def encode_settings(
     )
     parse_choice("--t5-rows", options.t5_rows, ("all", "ragged"))
     sizes = preset or PRESETS["cogvideox-5b"]
+    vllm = VllmSettings(
+        tensor_parallel_size=options.llm_tensor_parallel, gpu_memory_utilization=options.llm_memory_share
+    )
     vae = model_source(options, preset, "vae", "latents" in features)
     llm = model_source(options, preset, "llm", "llm" in features or "answers" in features)
     return EncodeSettings(
@@ -91,9 +95,7 @@ def encode_settings(
             max_answer_tokens=sizes.max_answer_tokens,
             max_instruction_tokens=sizes.max_instruction_tokens,
             engine=choose_engine(options.llm_engine, device),
-            vllm=VllmSettings(
-                tensor_parallel_size=options.llm_tensor_parallel, gpu_memory_utilization=options.llm_memory_share
-            ),
+            vllm=vllm,
             variants=options.answer_variants,
             instructions=read_instructions(options.instructions) if options.instructions else DEFAULT_INSTRUCTIONS,
         ),
@@ -105,19 +107,28 @@ def encode_settings(
             instruction_pooling=parse_choice(
                 "--instruction-pooling", options.instruction_pooling, get_args(InstructionPooling)
             ),
+            engine=_hidden_engine(options.llm_hidden_engine),
+            vllm=vllm,
         ),
         device=device,
     )
 
 
-def choose_engine(text: str, device: str) -> AnswerEngineName:
+def choose_engine(text: str, device: str) -> LlmEngineName:
     """Read "auto", "vllm" or "transformers"; auto: vLLM on a GPU where it is installed. Raises InputError."""
-    parse_choice("--llm-engine", text, ("auto", *get_args(AnswerEngineName)))
+    parse_choice("--llm-engine", text, ("auto", *get_args(LlmEngineName)))
     if text == "vllm":
-        require_vllm()
+        require_vllm("--llm-engine")
     if text == "vllm" or (text == "auto" and device.startswith("cuda") and vllm_version() is not None):
         return "vllm"
     return "transformers"
+
+
+def _hidden_engine(text: str) -> LlmEngineName:
+    engine: LlmEngineName = parse_choice("--llm-hidden-engine", text, get_args(LlmEngineName))
+    if engine == "vllm":
+        require_vllm("--llm-hidden-engine")
+    return engine
 
 
 def parse_layer(text: str) -> LlmLayer:

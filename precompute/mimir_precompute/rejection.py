@@ -30,7 +30,7 @@ RejectionReason = Literal[
 ]
 """superseded: a later plan changed or removed the clip; wrong_shape, nonfinite, constant: what a model made of it;
 crashed_decoder, timeout and out_of_memory: decode_sandbox.py says when a clip is blamed for them; crashed_engine:
-encoders/vllm_engine.py does."""
+encoders/vllm_process.py does."""
 
 
 class ClipRejected(Exception):

@@ -115,6 +115,8 @@ def test_identity_is_plain_json(feature: FeatureName) -> None:
         ("llm", {"layer": "mean"}, {"llm"}),
         ("llm", {"layer": -1}, set()),
         ("llm", {"instruction_pooling": "last"}, {"llm"}),
+        ("llm", {"engine": "vllm"}, {"llm"}),
+        ("llm", {"vllm": VllmSettings(max_num_seqs=4)}, set()),
         ("answers", {"source": ModelSource(name="moved")}, set()),
     ],
 )
@@ -133,7 +135,9 @@ def test_every_setting_of_every_feature_is_in_the_table_above() -> None:
             *("source", "dtype", "engine", "instructions", "max_caption_tokens", "max_answer_tokens"),
             *("max_instruction_tokens", "variants", "temperature", "seed", "batch_size", "vllm"),
         },
-        "llm": {"source", "dtype", "max_caption_tokens", "layer", "instruction_pooling", "batch_size"},
+        "llm": {
+            *("source", "dtype", "max_caption_tokens", "layer", "instruction_pooling", "batch_size", "engine", "vllm")
+        },
     }
     for feature, names in known.items():
         assert {f.name for f in dataclasses.fields(getattr(SETTINGS, feature))} == names, feature
@@ -146,6 +150,12 @@ def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
     assert identity("llm", change("llm", layer=32)) == identity("llm", SETTINGS)
 
 
+@pytest.mark.parametrize("layer", [1, -1, "mean"])
+def test_another_layer_than_the_last_is_refused_of_vllm(layer: Any) -> None:
+    with pytest.raises(InputError, match=f"--llm-hidden-engine vllm: gives --llm-layer last alone, got {layer}"):
+        LlmSettings(source=SOURCE, engine="vllm", layer=layer)
+
+
 def test_the_settings_of_vllm_count_once_it_is_the_engine() -> None:
     with_vllm = change("answers", engine="vllm")
     for field in ({"tensor_parallel_size": 2}, {"max_num_seqs": 4}, {"prefix_caching": False}):
@@ -154,6 +164,18 @@ def test_the_settings_of_vllm_count_once_it_is_the_engine() -> None:
     # how much memory it may take says how many prompts fit, not what comes out
     share = dataclasses.replace(with_vllm.answers, vllm=VllmSettings(gpu_memory_utilization=0.5))
     assert changed_features(dataclasses.replace(with_vllm, answers=share), base=with_vllm) == set()
+
+
+def test_the_hidden_states_of_vllm_have_its_settings_in_place_of_those_of_transformers() -> None:
+    assert "engine" not in identity("llm")
+    with_vllm = change("llm", engine="vllm")
+    written = identity("llm", with_vllm)
+    assert written["engine"] == "vllm"
+    assert set(written["engine_settings"]) == {"version", "tensor_parallel_size", "max_num_seqs"}
+    assert not {"attention", "batch_size"} & set(written)
+    # no prefix is cached where every token's row is wanted
+    uncached = dataclasses.replace(with_vllm.llm, vllm=VllmSettings(prefix_caching=False))
+    assert changed_features(dataclasses.replace(with_vllm, llm=uncached), base=with_vllm) == set()
 
 
 def test_seeds_and_temperature_count_once_something_is_sampled() -> None:

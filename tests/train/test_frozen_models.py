@@ -125,6 +125,17 @@ def test_how_the_latents_were_encoded_does_not_matter_for_decoding(
     assert (tmp_path / "out" / f"{CAT}-0.mp4").exists()
 
 
+def test_hidden_states_by_vllm_are_made_by_transformers_for_a_prompt(recorded: dict[str, Any], models: Path) -> None:
+    kept = {field: value for field, value in recorded["llm"].items() if field not in ("attention", "batch_size")}
+    settings = {"version": "0", "tensor_parallel_size": 1, "max_num_seqs": 256}
+    by_vllm = {**kept, "engine": "vllm", "engine_settings": settings}
+    text = found({**recorded, "llm": by_vllm}, models).encode_texts([CAT], T5_ROWS, "index", Quiet())[CAT]
+    own = found(recorded, models).encode_texts([CAT], T5_ROWS, "index", Quiet())[CAT]
+    assert text.llm is not None
+    assert own.llm is not None
+    assert all(torch.equal(a, b) for a, b in zip(text.llm, own.llm, strict=True))
+
+
 def test_a_model_under_another_name_with_the_same_files_is_the_same_model(
     recorded: dict[str, Any], models: Path, tmp_path: Path
 ) -> None:

@@ -107,11 +107,11 @@ def test_an_engine_killed_in_the_middle_loses_no_answer(encoder: AnswersEncoder)
     batch = inputs(CAPTIONS[:30])
     undisturbed = [token_ids(encoded) for encoded in encoder.encode(batch)]
     engine = engine_of(encoder)
-    starts, pid = engine.starts, engine.pid
+    starts, pid = engine.process.starts, engine.process.pid
     assert pid is not None
     threading.Timer(0.15, os.kill, (pid, signal.SIGKILL)).start()
     assert [token_ids(encoded) for encoded in encoder.encode(batch)] == undisturbed
-    assert engine.starts == starts + 1, "the kill came after the last answer: this shows nothing"
+    assert engine.process.starts == starts + 1, "the kill came after the last answer: this shows nothing"
 
 
 def test_limits_and_seed_of_a_request_are_kept(encoder: AnswersEncoder) -> None:

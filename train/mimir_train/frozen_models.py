@@ -45,9 +45,10 @@ Identities = Mapping[FeatureName, Mapping[str, JsonValue]]
 NOT_COMPARED: Mapping[FeatureName, tuple[str, ...]] = {
     "latents": ("engine", "engine_version", "geometry", "tensors"),
     "answers": ("engine", "engine_settings", "attention", "batch_size"),
+    "llm": ("engine", "engine_settings", "attention", "batch_size"),
 }
 """Fields of an identity that may differ: latents are only decoded here, and at other sizes than those of training;
-answers are written by transformers, one prompt at a time, whichever engine wrote those of the cache."""
+answers and hidden states are transformers' own, one prompt at a time, whichever engine made those of the cache."""
 
 MODEL_NAMES = ("name", "subfolder", "commit")
 """What a model is called; its files' digests decide, so that a copy in a folder is the model of the hub."""
@@ -286,7 +287,7 @@ def _llm_settings(identity: Mapping[str, JsonValue], source: ModelSource) -> Llm
         max_caption_tokens=identity["max_caption_tokens"],
         layer=next((layer for layer, name in LLM_LAYER_NAMES.items() if name == identity["layer"]), identity["layer"]),
         instruction_pooling=identity["instruction_pooling"],
-        batch_size=identity["batch_size"],
+        batch_size=identity.get("batch_size", LlmSettings.batch_size),
     )
 
 

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mimir_precompute.encoders.base import Encoded
+from mimir_precompute.rejection import ClipRejected
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -17,9 +20,14 @@ class Request:
 
 @dataclass(frozen=True)
 class EngineGaveUp:
-    """Stands for an answer that no engine could be brought to give."""
+    """Stands for an answer, or hidden rows, that no engine could be brought to give."""
 
     detail: str
+
+
+def rejected(given_up: EngineGaveUp) -> Encoded:
+    """What is left of a clip when a part of it was given up."""
+    return Encoded(rejection=ClipRejected("encode", "crashed_engine", given_up.detail))
 
 
 Answer = list[int] | EngineGaveUp

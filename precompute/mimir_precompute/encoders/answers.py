@@ -9,12 +9,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from mimir_precompute.config import AnswersSettings
-from mimir_precompute.encoders.answer_engine import Answer, AnswerEngine, EngineGaveUp, Request
+from mimir_precompute.encoders.answer_engine import Answer, AnswerEngine, EngineGaveUp, Request, rejected
 from mimir_precompute.encoders.base import Encoded, EncoderInput, JsonValue
 from mimir_precompute.encoders.causal_lm import configured_end_ids, load_tokenizer
 from mimir_precompute.encoders.prompts import CaptionTokens, PromptBuilder, end_token_ids
 from mimir_precompute.model_files import ResolvedModel
-from mimir_precompute.rejection import ClipRejected
 from mimir_shared.errors import InputError, MachineError
 
 
@@ -67,7 +66,7 @@ class AnswersEncoder:
         given: list[dict[str, JsonValue]] = []
         for answer in answers:
             if isinstance(answer, EngineGaveUp):
-                return Encoded(rejection=ClipRejected("encode", "crashed_engine", answer.detail))
+                return rejected(answer)
             given.append(self._answer(answer))
         variants = []
         names = [instruction.name for instruction in self.settings.instructions]

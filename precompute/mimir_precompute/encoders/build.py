@@ -26,4 +26,6 @@ def build_encoder(feature: FeatureName, settings: EncodeSettings, models: Featur
         return AnswersEncoder(models.model, settings.answers, device)
     from mimir_precompute.encoders.llm import LlmEncoder
 
-    return LlmEncoder(models.model, settings.llm, settings.answers.instructions, device)
+    answers = settings.answers
+    longest_answer = max(answers.max_answer_tokens, answers.max_instruction_tokens)
+    return LlmEncoder(models.model, settings.llm, answers.instructions, device, longest_answer=longest_answer)

@@ -1,8 +1,8 @@
 """Feature `llm`: the LLM's hidden states over each prompt and the answer that `answers` recorded for it.
 
 One teacher-forced pass per prompt; rows of the last layer after the final norm, of another, or of the mean over all;
-the template's tokens are dropped by their positions. Batches are padded on the right and the model is causal, so
-neither padding nor batch mates change a row beyond the last bits.
+the template's tokens are dropped by their positions. Who computes the rows is a source's matter (llm_rows.py); the
+model is causal, so neither padding nor batch mates change a row beyond the last bits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from mimir_precompute.config import Instruction, LlmSettings
-from mimir_precompute.encoders.arrays import free_memory, to_feature
+from mimir_precompute.encoders.answer_engine import EngineGaveUp, rejected
+from mimir_precompute.encoders.arrays import to_feature
 from mimir_precompute.encoders.base import Encoded, EncoderInput, JsonValue
-from mimir_precompute.encoders.causal_lm import load_causal_lm, load_tokenizer
+from mimir_precompute.encoders.causal_lm import load_tokenizer
+from mimir_precompute.encoders.llm_rows import RowSource, TransformersRows
 from mimir_precompute.encoders.prompts import CaptionTokens, PromptBuilder
 from mimir_precompute.model_files import ResolvedModel
+from mimir_shared.errors import MachineError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,30 +39,38 @@ class LlmEncoder:
     """The frozen LLM without its output head."""
 
     def __init__(
-        self, model: ResolvedModel, settings: LlmSettings, instructions: Sequence[Instruction], device: str
+        self,
+        model: ResolvedModel,
+        settings: LlmSettings,
+        instructions: Sequence[Instruction],
+        device: str,
+        *,
+        longest_answer: int,
     ) -> None:
         """Raises: InputError if the folder holds no causal LM with a chat template.
 
         Args:
             instructions: those that `answers` put to the LLM, in the same order.
+            longest_answer: tokens that an answer has at most.
         """
         self.settings = settings
         self.instructions = tuple(instructions)
-        self.device = torch.device(device)
         self.prompts = PromptBuilder(load_tokenizer(model), instructions, settings.max_caption_tokens)
-        # the body only: its last_hidden_state is what the head would read, after the final norm
-        self.body = load_causal_lm(model, settings.dtype, device).base_model
+        self.source = _row_source(model, settings, device, longest=self.prompts.longest_prompt() + longest_answer)
 
     def encode(self, batch: Sequence[EncoderInput]) -> list[Encoded]:
         """Encode clips whose answers are given.
 
         Returns: `query_hidden` (M, H), `query_offsets` (M, 2), and for each variant v `answer_hidden_v` (A, H) and
-            `instruction_hidden_v` (K, H); M, A may be 0.
+            `instruction_hidden_v` (K, H); M, A may be 0. A clip that the source gave up is rejected.
         """
         captions = [self.prompts.caption(item.caption) for item in batch]
         hidden = self.hidden_features(batch)
         encoded: list[Encoded] = []
         for caption, tensors in zip(captions, hidden, strict=True):
+            if isinstance(tensors, EngineGaveUp):
+                encoded.append(rejected(tensors))
+                continue
             features = {name: to_feature(tensor) for name, tensor in tensors.items()}
             offsets = torch.tensor(caption.offsets, dtype=torch.int32).reshape(-1, 2)
             features["query_offsets"] = to_feature(offsets, "i32")
@@ -69,61 +80,41 @@ class LlmEncoder:
     def encode_empty(self, answers: Mapping[str, JsonValue] | None) -> Encoded | None:
         """The features of an empty user's turn: `query_hidden` is (0, H)."""
         assert answers is not None, "llm needs the answers to the empty prompt"
-        return self.encode([EncoderInput(key="", caption="", answers=answers)])[0]
+        encoded = self.encode([EncoderInput(key="", caption="", answers=answers)])[0]
+        if encoded.rejection is not None:
+            raise MachineError(f"the engine does not read the empty prompt: {encoded.rejection.detail}; run it again")
+        return encoded
 
     @torch.inference_mode()
-    def hidden_features(self, batch: Sequence[EncoderInput]) -> list[dict[str, Tensor]]:
+    def hidden_features(self, batch: Sequence[EncoderInput]) -> list[dict[str, Tensor] | EngineGaveUp]:
         """The float features of `encode` before the cast: compute dtype, means in float32; on the CPU."""
         passages = [passage for clip, item in enumerate(batch) for passage in self._passages(clip, item)]
-        # like lengths together: least padding; the index breaks ties, so that equal batches are split equally
-        order = sorted(range(len(passages)), key=lambda i: (len(passages[i].token_ids), i))
         features: list[dict[str, Tensor]] = [{} for _ in batch]
         pooled: dict[tuple[int, int, int], Tensor] = {}
-        for start in range(0, len(order), self.settings.batch_size):
-            launch = [passages[i] for i in order[start : start + self.settings.batch_size]]
-            hidden = self.hidden_rows([passage.token_ids for passage in launch])
-            for rows, passage in zip(hidden, launch, strict=True):
-                answer = rows[passage.prompt_length : len(passage.token_ids)]  # (A, H)
-                if passage.instruction is not None:
-                    token = self._pool(answer, last_of_prompt=rows[passage.prompt_length - 1])
-                    pooled[passage.clip, passage.variant, passage.instruction] = token.cpu()
-                    continue
-                features[passage.clip][f"answer_hidden_{passage.variant}"] = answer.cpu()
-                if passage.variant == 0:
-                    caption_start = len(self.prompts.prefix_ids)
-                    caption_stop = passage.prompt_length - len(self.prompts.suffix_ids)
-                    features[passage.clip]["query_hidden"] = rows[caption_start:caption_stop].cpu()  # (M, H)
+        lost: dict[int, EngineGaveUp] = {}
+        for i, rows in self.source.hidden_rows([passage.token_ids for passage in passages]):
+            passage = passages[i]
+            if isinstance(rows, EngineGaveUp):
+                lost[passage.clip] = rows
+                continue
+            answer = rows[passage.prompt_length :]  # (A, H)
+            # copies: a slice alone would keep all the rows of its passage in memory
+            if passage.instruction is not None:
+                token = self._pool(answer, last_of_prompt=rows[passage.prompt_length - 1])
+                pooled[passage.clip, passage.variant, passage.instruction] = token.to("cpu", copy=True)
+                continue
+            features[passage.clip][f"answer_hidden_{passage.variant}"] = answer.to("cpu", copy=True)
+            if passage.variant == 0:
+                caption_start = len(self.prompts.prefix_ids)
+                caption_stop = passage.prompt_length - len(self.prompts.suffix_ids)
+                features[passage.clip]["query_hidden"] = rows[caption_start:caption_stop].to("cpu", copy=True)  # (M, H)
         for clip, tensors in enumerate(features):
-            for variant in range(len(_variants(batch[clip]))):
+            for variant in range(0 if clip in lost else len(_variants(batch[clip]))):
                 tokens = [pooled[clip, variant, k] for k in range(len(self.instructions))]
                 width = tensors[f"answer_hidden_{variant}"].shape[1]
                 stacked = torch.stack(tokens) if tokens else torch.zeros(0, width)
                 tensors[f"instruction_hidden_{variant}"] = stacked  # (K, H)
-        return features
-
-    @torch.inference_mode()
-    def hidden_rows(self, sequences: Sequence[list[int]]) -> Tensor:
-        """One pass over sequences padded on the right: (B, longest, H) on the device.
-
-        Returns: the chosen layer's rows in the compute dtype; for "mean" float32.
-        """
-        width = max(len(token_ids) for token_ids in sequences)
-        input_ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-        for row, token_ids in enumerate(sequences):
-            input_ids[row, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
-        # no mask: in a causal model no token sees the padding behind it, and without a mask attention takes its
-        # fastest kernel
-        layer = self.settings.layer
-        output = self.body(
-            input_ids=input_ids.to(self.device), use_cache=False, output_hidden_states=None if layer == "last" else True
-        )
-        if layer == "last":
-            rows: Tensor = output.last_hidden_state
-        elif layer == "mean":
-            rows = mean_over_layers(output.hidden_states[1:])
-        else:
-            rows = output.hidden_states[layer]
-        return rows
+        return [lost.get(clip, tensors) for clip, tensors in enumerate(features)]
 
     def _pool(self, answer: Tensor, *, last_of_prompt: Tensor) -> Tensor:
         """One instruction's token, (H,) float32, from the rows (A, H) of its answer."""
@@ -135,8 +126,7 @@ class LlmEncoder:
 
     def close(self) -> None:
         """Free the model's memory; the encoder is of no use afterwards."""
-        del self.body
-        free_memory()
+        self.source.close()
 
     def _passages(self, clip: int, item: EncoderInput) -> list[Passage]:
         caption: CaptionTokens = self.prompts.caption(item.caption)
@@ -163,15 +153,12 @@ class LlmEncoder:
         return passages
 
 
-def mean_over_layers(layers: Sequence[Tensor]) -> Tensor:
-    """Average layers (…, H) whose rows are first normalised to mean 0 and variance 1, in float32.
+def _row_source(model: ResolvedModel, settings: LlmSettings, device: str, *, longest: int) -> RowSource:
+    if settings.engine == "vllm":
+        from mimir_precompute.encoders.vllm_rows import VllmRows
 
-    Source: the layer-normalised average of arXiv 2506.08210.
-    """
-    total = torch.zeros_like(layers[0], dtype=torch.float32)
-    for layer in layers:
-        total += torch.nn.functional.layer_norm(layer.float(), layer.shape[-1:])
-    return total / len(layers)
+        return VllmRows(model, settings, device, longest=longest)
+    return TransformersRows(model, settings, device)
 
 
 def _variants(item: EncoderInput) -> list[Mapping[str, JsonValue]]:

@@ -1,8 +1,9 @@
-"""The process in which vLLM runs, started by vllm_engine.py: `python -m … ARGUMENTS FD`.
+"""The process in which vLLM runs, started by vllm_process.py: `python -m … ARGUMENTS FD`.
 
-Reads lines of JSON from standard input: {"id", "prompt_ids", "max_new_tokens", "seed"} adds a request, {"run": true}
-answers all of them. Writes to FD: {"ready": true}, {"id", "token_ids", "cached"} for each answer as it is finished, and
-{"alive": true} now and then while it works.
+Reads lines of JSON from standard input: {"id", "prompt_ids"} adds a request, for the task "generate" with
+"max_new_tokens" and "seed"; {"run": true} meets all of them. Writes lines of JSON to FD: {"ready": true}, one for each
+request as it is finished, and {"alive": true} now and then while it works. A result of the task "generate" is {"id",
+"token_ids", "cached"}; one of "hidden" is {"id", "dtype", "shape", "bytes"}, and so many raw bytes follow the line.
 """
 
 import ctypes
@@ -10,7 +11,10 @@ import json
 import signal
 import sys
 import time
-from typing import Any, Final, TextIO
+from collections.abc import Callable
+from typing import Any, BinaryIO, Final
+
+import numpy as np
 
 _SIGN_OF_LIFE_S: Final = 2.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -18,7 +22,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
-    with open(int(sys.argv[2]), "w", encoding="utf-8") as results:
+    with open(int(sys.argv[2]), "wb") as results:
         # a killed parent takes this process along, and the GPU's memory with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         engine = _load(arguments)
@@ -26,7 +30,7 @@ def main() -> None:
         for line in sys.stdin:
             message = json.loads(line)
             if "run" in message:
-                _run(engine, results)
+                _run(engine, results, _answer if arguments["task"] == "generate" else _rows)
             else:
                 _add(engine, message, arguments)
 
@@ -43,60 +47,77 @@ def _load(arguments: dict[str, Any]) -> Any:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, arguments["max_model_len"]),
     }
+    # rows are wanted of every token, and as they leave the final norm
+    pooling: dict[str, Any] = {}
+    if arguments["task"] == "hidden":
+        from vllm.config import PoolerConfig
+
+        config = PoolerConfig(task="token_embed", tok_pooling_type="ALL", use_activation=False)
+        pooling = {"runner": "pooling", "convert": "embed", "pooler_config": config}
     llm = LLM(
         arguments["model"],
         dtype=arguments["dtype"],
         max_model_len=arguments["max_model_len"],
         max_num_seqs=arguments["max_num_seqs"],
-        enable_prefix_caching=arguments["prefix_caching"],
+        enable_prefix_caching=arguments["prefix_caching"] and not pooling,
         tensor_parallel_size=arguments["tensor_parallel_size"],
         gpu_memory_utilization=arguments["gpu_memory_utilization"],
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not pooling,  # its pooling takes token ids, and yet wants a tokenizer
         trust_remote_code=False,
         generation_config="vllm",  # no defaults of the model's own: variant 0 is greedy and nothing else
         seed=0,
         **(on_cpu if arguments["cpu"] else {}),
+        **pooling,
     )
     return llm.llm_engine
 
 
 def _add(engine: Any, message: dict[str, Any], arguments: dict[str, Any]) -> None:
-    from vllm import SamplingParams
+    from vllm import PoolingParams, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    sampled = message["seed"] is not None
-    engine.add_request(
-        str(message["id"]),
-        TokensPrompt(prompt_token_ids=message["prompt_ids"]),
-        SamplingParams(
+    if arguments["task"] == "hidden":
+        params = PoolingParams(task="token_embed", use_activation=False)
+    else:
+        sampled = message["seed"] is not None
+        params = SamplingParams(
             temperature=arguments["temperature"] if sampled else 0.0,
             seed=message["seed"],
             max_tokens=message["max_new_tokens"],
             stop_token_ids=arguments["end_ids"],
             ignore_eos=True,  # stop_token_ids are all the ends there are, the model's own among them
             detokenize=False,
-        ),
-    )
+        )
+    engine.add_request(str(message["id"]), TokensPrompt(prompt_token_ids=message["prompt_ids"]), params)
 
 
-def _run(engine: Any, results: TextIO) -> None:
+def _run(engine: Any, results: BinaryIO, result_of: Callable[[Any], tuple[dict[str, Any], bytes]]) -> None:
     told = time.monotonic()
     while engine.has_unfinished_requests():
         for output in engine.step():
             if output.finished:
-                answer = {
-                    "id": int(output.request_id),
-                    "token_ids": list(output.outputs[0].token_ids),
-                    "cached": output.num_cached_tokens or 0,
-                }
-                _tell(results, answer)
+                fields, payload = result_of(output)
+                _tell(results, {"id": int(output.request_id), **fields}, payload)
         if time.monotonic() - told > _SIGN_OF_LIFE_S:
             told = time.monotonic()
             _tell(results, {"alive": True})
 
 
-def _tell(results: TextIO, message: dict[str, Any]) -> None:
-    results.write(json.dumps(message) + "\n")
+def _answer(output: Any) -> tuple[dict[str, Any], bytes]:
+    return {"token_ids": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens or 0}, b""
+
+
+def _rows(output: Any) -> tuple[dict[str, Any], bytes]:
+    """One row a token, with no bit lost; vLLM hands out float32 whatever it computes in."""
+    rows = np.ascontiguousarray(output.outputs.data, dtype="<f4")  # (n, H)
+    halves = rows.view("<u2").reshape(*rows.shape, 2)
+    is_bfloat16 = not halves[..., 0].any()
+    payload = (halves[..., 1] if is_bfloat16 else rows).tobytes()
+    return {"dtype": "bf16" if is_bfloat16 else "f32", "shape": rows.shape, "bytes": len(payload)}, payload
+
+
+def _tell(results: BinaryIO, message: dict[str, Any], payload: bytes = b"") -> None:
+    results.write(json.dumps(message).encode() + b"\n" + payload)
     results.flush()
 
 

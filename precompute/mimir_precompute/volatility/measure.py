@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mimir_precompute.encoders.answer_engine import EngineGaveUp
 from mimir_precompute.encoders.base import Encoded
 from mimir_precompute.encoders.llm import LlmEncoder
 from mimir_precompute.volatility.fusing import FusingWeights, normalise
@@ -93,12 +94,14 @@ def _read_prompt(encoder: LlmEncoder, prompt: str, t5: Encoded, variants: Sequen
 
 
 def _rows_of(encoder: LlmEncoder, sequences: Sequence[list[int]]) -> Iterator[np.ndarray]:
-    """Each sequence's hidden rows, pads left out."""
+    """Each sequence's hidden rows, in order."""
     size = encoder.settings.batch_size
     for start in range(0, len(sequences), size):
-        launch = sequences[start : start + size]
-        hidden = encoder.hidden_rows(launch).to(torch.float32).cpu().numpy()
-        yield from (rows[: len(sequence)] for rows, sequence in zip(hidden, launch, strict=True))
+        hidden = dict(encoder.source.hidden_rows(sequences[start : start + size]))
+        for i in range(len(hidden)):
+            rows = hidden[i]
+            assert not isinstance(rows, EngineGaveUp), f"{rows}: the source of volatility is transformers"
+            yield rows.to(torch.float32).cpu().numpy()
 
 
 def fuse_prompts(states: Sequence[PromptStates], weights: FusingWeights) -> Branches:

@@ -1,9 +1,9 @@
 """Hidden states are transformers' own, one sequence at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -24,16 +24,20 @@ from mimir_precompute.config import (
     T5Settings,
     VaeSettings,
 )
+from mimir_precompute.encoders.answer_engine import EngineGaveUp
 from mimir_precompute.encoders.answers import AnswersEncoder
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.encoders.build import build_encoder
 from mimir_precompute.encoders.llm import LlmEncoder
+from mimir_precompute.encoders.llm_rows import RowSource
 from mimir_precompute.encoders.prompts import PromptBuilder
 from mimir_precompute.identity import resolve_models, tensor_specs
 from mimir_precompute.model_files import resolve_model
+from mimir_shared.errors import MachineError
 from mimir_shared.features import float32_to_bf16_bits
 
 INSTRUCTIONS = (Instruction(name="objects", text="Name every object."), Instruction(name="actions", text="What moves?"))
+Result = TypeVar("Result")
 CAPTIONS = [
     "A red square moves to the left of a blue circle.",
     "",
@@ -55,7 +59,8 @@ def make_answers(folder: Path, **settings: Any) -> AnswersEncoder:
 def make_llm(folder: Path, **settings: Any) -> LlmEncoder:
     source = ModelSource(name=str(folder))
     chosen = LlmSettings(source=source, **{"dtype": "float32", "max_caption_tokens": 40, "batch_size": 4, **settings})
-    return LlmEncoder(resolve_model(source, ("weights", "tokenizer", "chat_template")), chosen, INSTRUCTIONS, "cpu")
+    model = resolve_model(source, ("weights", "tokenizer", "chat_template"))
+    return LlmEncoder(model, chosen, INSTRUCTIONS, "cpu", longest_answer=10)
 
 
 def own_model(folder: Path) -> Any:
@@ -69,6 +74,21 @@ def inputs(captions: Sequence[str], documents: Sequence[Encoded] | None = None) 
     if documents is None:
         return items
     return [replace(item, answers=document.document) for item, document in zip(items, documents, strict=True)]
+
+
+def rows_of(encoder: LlmEncoder, sequences: Sequence[list[int]]) -> list[Tensor]:
+    rows = dict(encoder.source.hidden_rows(sequences))
+    assert len(rows) == len(sequences)
+    return [whole(rows[i]) for i in range(len(sequences))]
+
+
+def features_of(encoder: LlmEncoder, batch: Sequence[EncoderInput]) -> list[dict[str, Tensor]]:
+    return [whole(features) for features in encoder.hidden_features(batch)]
+
+
+def whole(result: Result | EngineGaveUp) -> Result:
+    assert not isinstance(result, EngineGaveUp), result.detail
+    return result
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -123,7 +143,7 @@ def test_hidden_features_equal_transformers_one_sequence_at_a_time(
 ) -> None:
     encoder = make_llm(folder)
     batch = answered[folder]
-    for item, got, stored in zip(batch, encoder.hidden_features(batch), encoder.encode(batch), strict=True):
+    for item, got, stored in zip(batch, features_of(encoder, batch), encoder.encode(batch), strict=True):
         want = oracle_features(folder, item)
         assert set(got) == set(want)
         for name, tensor in got.items():
@@ -140,7 +160,7 @@ def test_hidden_rows_are_those_after_the_final_norm(folder: Path) -> None:
     ids = encoder.prompts.answer_prompt(encoder.prompts.caption(CAPTIONS[0]))
     with torch.inference_mode():
         model(torch.tensor([ids]))
-    assert relative_error(encoder.hidden_rows([ids]), seen[0]) <= 1e-5
+    assert relative_error(rows_of(encoder, [ids])[0], seen[0][0]) <= 1e-5
 
 
 def all_hidden_states(folder: Path, sequence: list[int]) -> tuple[Tensor, ...]:
@@ -156,7 +176,7 @@ def test_every_layer_option_is_what_transformers_calls_its_hidden_states(
 ) -> None:
     encoder = make_llm(folder, layer=layer)
     prompts = [encoder.prompts.answer_prompt(encoder.prompts.caption(caption)) for caption in CAPTIONS]
-    for got, prompt in zip(encoder.hidden_rows(prompts), prompts, strict=True):
+    for got, prompt in zip(rows_of(encoder, prompts), prompts, strict=True):
         states = all_hidden_states(folder, prompt)
         if layer == "mean":
             centred = [rows - rows.mean(-1, keepdim=True) for rows in states[1:]]
@@ -165,7 +185,7 @@ def test_every_layer_option_is_what_transformers_calls_its_hidden_states(
             )
         else:
             want = states[-1 if layer == "last" else layer]
-        assert relative_error(got[: len(prompt)], want) <= 1e-5
+        assert relative_error(got, want) <= 1e-5
     stored = encoder.encode(answered[folder])
     assert all(encoded.tensors["query_hidden"].dtype == "bf16" for encoded in stored)
 
@@ -176,7 +196,7 @@ def test_an_instructions_token_is_pooled_as_asked(
 ) -> None:
     encoder = make_llm(folder, instruction_pooling=pooling)
     item = answered[folder][0]
-    got = encoder.hidden_features([item])[0]["instruction_hidden_0"]
+    got = features_of(encoder, [item])[0]["instruction_hidden_0"]
     assert item.answers is not None
     prompts = encoder.prompts.instruction_prompts(encoder.prompts.caption(item.caption))
     for token, prompt, answer in zip(got, prompts, item.answers["variants"][0]["instructions"], strict=True):
@@ -192,8 +212,8 @@ def test_batch_mates_change_no_more_than_the_last_bits_whatever_the_layer(
     folder: Path, layer: Any, pooling: Any, answered: dict[Path, list[EncoderInput]]
 ) -> None:
     settings = {"layer": layer, "instruction_pooling": pooling}
-    together = make_llm(folder, batch_size=64, **settings).hidden_features(answered[folder])
-    alone = [make_llm(folder, batch_size=1, **settings).hidden_features([item])[0] for item in answered[folder]]
+    together = features_of(make_llm(folder, batch_size=64, **settings), answered[folder])
+    alone = [features_of(make_llm(folder, batch_size=1, **settings), [item])[0] for item in answered[folder]]
     for one, other in zip(together, alone, strict=True):
         assert all(relative_error(one[name], other[name]) <= 1e-5 for name in one)
 
@@ -202,9 +222,9 @@ def test_batch_mates_and_padding_change_no_more_than_the_last_bits(
     folder: Path, answered: dict[Path, list[EncoderInput]]
 ) -> None:
     batch = answered[folder]
-    together = make_llm(folder, batch_size=64).hidden_features(batch)
-    alone = [make_llm(folder, batch_size=1).hidden_features([item])[0] for item in batch]
-    backwards = make_llm(folder, batch_size=3).hidden_features(batch[::-1])[::-1]
+    together = features_of(make_llm(folder, batch_size=64), batch)
+    alone = [features_of(make_llm(folder, batch_size=1), [item])[0] for item in batch]
+    backwards = features_of(make_llm(folder, batch_size=3), batch[::-1])[::-1]
     for others in (alone, backwards):
         for one, other in zip(together, others, strict=True):
             assert all(relative_error(one[name], other[name]) <= 1e-5 for name in one)
@@ -212,7 +232,7 @@ def test_batch_mates_and_padding_change_no_more_than_the_last_bits(
 
 def test_query_rows_do_not_depend_on_the_answer(families: dict[str, Path]) -> None:
     encoder = make_llm(families["phi3"])
-    first, second = (encoder.hidden_features([clip_with_answer([token_id] * 9)])[0] for token_id in (50, 60))
+    first, second = (features_of(encoder, [clip_with_answer([token_id] * 9)])[0] for token_id in (50, 60))
     assert relative_error(first["query_hidden"], second["query_hidden"]) <= 1e-5
     assert relative_error(first["answer_hidden_0"], second["answer_hidden_0"]) > 1e-2
 
@@ -226,7 +246,7 @@ def clip_with_answer(token_ids: list[int]) -> EncoderInput:
 def test_an_empty_answer_has_no_rows_and_its_instruction_token_is_the_last_of_the_prompt(folder: Path) -> None:
     encoder = make_llm(folder)
     clip = clip_with_answer([])
-    got = encoder.hidden_features([clip])[0]
+    got = features_of(encoder, [clip])[0]
     assert got["answer_hidden_0"].shape[0] == 0
     prompts = encoder.prompts.instruction_prompts(encoder.prompts.caption(clip.caption))
     want = torch.stack([oracle_rows(folder, prompt)[-1] for prompt in prompts])
@@ -237,7 +257,7 @@ def test_a_whitespace_answer_has_the_rows_of_its_tokens(folder: Path) -> None:
     encoder = make_llm(folder)
     spaces = encoder.prompts.plain_tokens("  \n ")[0]
     clip = clip_with_answer(spaces)
-    got = encoder.hidden_features([clip])[0]
+    got = features_of(encoder, [clip])[0]
     assert got["answer_hidden_0"].shape[0] == len(spaces) > 0
     want = oracle_features(folder, clip)
     assert all(relative_error(got[name], want[name]) <= 1e-5 for name in want)
@@ -263,6 +283,41 @@ def test_the_empty_prompt_has_answers_but_no_query_rows(folder: Path) -> None:
     assert empty.tensors["query_hidden"].array.shape == (0, width)
     assert empty.tensors["query_offsets"].array.shape == (0, 2)
     assert empty.tensors["instruction_hidden_0"].array.shape == (len(INSTRUCTIONS), width)
+
+
+class LosingOne:
+    """A source of rows that gives one sequence up."""
+
+    def __init__(self, source: RowSource, lost: list[int]) -> None:
+        self._source, self._lost = source, lost
+
+    def hidden_rows(self, sequences: Sequence[list[int]]) -> Iterator[tuple[int, Tensor | EngineGaveUp]]:
+        for i, rows in self._source.hidden_rows(sequences):
+            yield i, EngineGaveUp("three deaths") if sequences[i] == self._lost else rows
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def test_a_clip_of_which_one_passage_was_given_up_is_rejected_and_no_other(
+    families: dict[str, Path], answered: dict[Path, list[EncoderInput]]
+) -> None:
+    batch = answered[families["phi3"]]
+    encoder = make_llm(families["phi3"])
+    whole_batch = encoder.encode(batch)
+    assert batch[1].answers is not None
+    prompt = encoder.prompts.instruction_prompts(encoder.prompts.caption(batch[1].caption))[1]
+    told = batch[1].answers["variants"][0]["instructions"][1]["token_ids"]
+    encoder.source = LosingOne(encoder.source, [*prompt, *told])
+    for n, (got, want) in enumerate(zip(encoder.encode(batch), whole_batch, strict=True)):
+        if n == 1:
+            assert got.rejection is not None
+            assert str(got.rejection) == "encode: crashed_engine: three deaths"
+            assert not got.tensors
+        else:
+            assert all(got.tensors[name].array.tobytes() == want.tensors[name].array.tobytes() for name in want.tensors)
+    with pytest.raises(MachineError, match="does not read the empty prompt: three deaths"):
+        encoder.encode_empty(batch[1].answers)
 
 
 def test_every_encoder_gives_the_tensors_that_its_identity_promises(

@@ -1,7 +1,7 @@
-"""The child of the vLLM engine may die at any prompt: nothing answered is lost, nothing is asked twice without need.
+"""The child of vLLM's may die at any prompt: nothing that came back is lost, nothing is asked twice without need.
 
 The real parent and the real child run here; only the package `vllm` that the child imports is a small one of the same
-interface, whose "model" answers with the prompt reversed and dies where it is told to.
+interface, whose "model" answers with the prompt reversed, has rows of known values, and dies where it is told to.
 """
 
 import json
@@ -12,27 +12,37 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from mimir_precompute.config import VllmSettings
-from mimir_precompute.encoders import vllm_engine
+from mimir_precompute.config import LlmSettings, ModelSource, VllmSettings
+from mimir_precompute.encoders import vllm_process
 from mimir_precompute.encoders.answer_engine import EngineGaveUp, Request
 from mimir_precompute.encoders.vllm_engine import VllmEngine
+from mimir_precompute.encoders.vllm_rows import VllmRows
 from mimir_precompute.model_files import ResolvedModel
 from mimir_shared.errors import InputError, MachineError
 
-END, DEADLY, DEADLY_ONCE, SLOW = 3, 666, 667, 668
+END, DEADLY, DEADLY_ONCE, SLOW, DEADLY_IN_A_MESSAGE = 3, 666, 667, 668, 669
+WIDTH = 64
 
 FAKE_VLLM = """
-import json, os, time
+import json, os, sys, time
 from types import SimpleNamespace
+import numpy as np
 
 class SamplingParams:
     def __init__(self, **values):
         self.__dict__.update(values)
 
+class PoolingParams(SamplingParams):
+    pass
+
 class LLM:
     def __init__(self, model, **settings):
+        with open(os.path.join(model, "settings"), "w") as file:
+            json.dump({name: getattr(value, "__dict__", value) for name, value in settings.items()}, file)
         if "unloadable" in model:
             raise RuntimeError("no such weights")
         self.folder, self.llm_engine = model, self
@@ -48,7 +58,7 @@ class LLM:
         request_id, prompt, params = self.waiting.pop(0)
         ids = prompt["prompt_token_ids"]
         with open(os.path.join(self.folder, "asked"), "a") as asked:
-            asked.write(json.dumps({"ids": ids, "seed": params.seed, "temperature": params.temperature}) + "\\n")
+            asked.write(json.dumps({"ids": ids, **params.__dict__}) + "\\n")
         if 668 in ids:
             time.sleep(60)
         once = os.path.join(self.folder, "died")
@@ -56,6 +66,14 @@ class LLM:
             open(once, "w").close()
             print("the last words")
             os._exit(9)
+        if 669 in ids and not os.path.exists(once):
+            open(once, "w").close()
+            header = {"id": int(request_id), "dtype": "f32", "shape": [9, 64], "bytes": 2304}
+            os.write(int(sys.argv[2]), json.dumps(header).encode() + b"\\n" + 100 * b"x")
+            os._exit(9)
+        if isinstance(params, PoolingParams):
+            rows = np.outer(np.array(ids, np.float32), np.arange(1, 65, dtype=np.float32)) / np.float32(16)
+            return [SimpleNamespace(finished=True, request_id=request_id, outputs=SimpleNamespace(data=rows))]
         answer = (ids[::-1] + params.stop_token_ids)[: params.max_tokens]
         return [SimpleNamespace(finished=True, request_id=request_id, num_cached_tokens=0,
                                 outputs=[SimpleNamespace(token_ids=answer)])]
@@ -68,9 +86,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResolvedModel:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_VLLM)
     (package / "inputs.py").write_text("TokensPrompt = dict\n")
+    (package / "config.py").write_text("from . import SamplingParams as PoolerConfig\n")
     paths = [str(tmp_path / "packages"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
-    monkeypatch.setattr(vllm_engine, "vllm_version", lambda: "0")
+    monkeypatch.setattr(vllm_process, "vllm_version", lambda: "0")
     folder = tmp_path / "llm"
     folder.mkdir()
     return resolved(folder)
@@ -116,7 +135,7 @@ def test_what_was_answered_before_a_death_is_not_asked_again(model: ResolvedMode
     prompts = [*PROMPTS[:5], [DEADLY_ONCE], *PROMPTS[5:]]
     engine = start(model)
     assert engine.generate(requests(prompts)) == [prompt[::-1] for prompt in prompts]
-    assert engine.starts == 2
+    assert engine.process.starts == 2
     assert asked(model) == [*prompts[:6], *prompts[5:]]
     engine.close()
 
@@ -131,7 +150,7 @@ def test_a_prompt_that_kills_the_engine_is_given_up_and_no_other(model: Resolved
     # twice in company, three times alone, and a new child for what is left
     assert asked(model).count([DEADLY]) == 5
     assert all(asked(model).count(prompt) == 1 for prompt in PROMPTS)
-    assert engine.starts == 6
+    assert engine.process.starts == 6
     engine.close()
 
 
@@ -144,17 +163,17 @@ def test_an_engine_that_dies_over_prompt_after_prompt_is_a_fault_of_the_machine(
 
 def test_a_child_that_is_killed_from_outside_is_replaced(model: ResolvedModel) -> None:
     engine = start(model)
-    first = engine.pid
+    first = engine.process.pid
     assert first is not None
     threading.Timer(0.5, os.kill, (first, signal.SIGKILL)).start()
     time.sleep(1.0)
     assert engine.generate(requests(PROMPTS)) == [prompt[::-1] for prompt in PROMPTS]
-    assert engine.pid != first
+    assert engine.process.pid != first
     engine.close()
 
 
 def test_a_child_that_hangs_is_ended(model: ResolvedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "_SILENCE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(vllm_process, "_SILENCE_TIMEOUT_S", 0.5)
     engine = start(model)
     answers = engine.generate(requests([PROMPTS[0], [SLOW], PROMPTS[1]]))
     assert isinstance(answers[1], EngineGaveUp)
@@ -170,15 +189,99 @@ def test_an_engine_that_does_not_start_says_why(model: ResolvedModel) -> None:
 
 
 def test_without_vllm_the_refusal_says_what_to_install(model: ResolvedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "vllm_version", lambda: None)
-    with pytest.raises(InputError, match=r"setup_vllm_cpu\.sh"):
+    monkeypatch.setattr(vllm_process, "vllm_version", lambda: None)
+    with pytest.raises(InputError, match=r"--llm-engine vllm.*setup_vllm_cpu\.sh"):
         start(model)
+    with pytest.raises(InputError, match=r"--llm-hidden-engine vllm.*setup_vllm_cpu\.sh"):
+        start_rows(model)
 
 
 def test_the_child_ends_with_the_engine(model: ResolvedModel) -> None:
     engine = start(model)
-    pid = engine.pid
+    pid = engine.process.pid
     assert pid is not None
     engine.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def start_rows(model: ResolvedModel) -> VllmRows:
+    settings = LlmSettings(source=ModelSource(name="local"), dtype="float32", engine="vllm")
+    return VllmRows(model, settings, "cpu", longest=4096)
+
+
+def rows_of(source: VllmRows, sequences: Sequence[list[int]]) -> list[np.ndarray]:
+    """What came of each sequence, in order."""
+    found: dict[int, np.ndarray] = {}
+    for i, rows in source.hidden_rows(sequences):
+        assert i not in found
+        assert isinstance(rows, torch.Tensor)
+        assert rows.dtype == torch.float32
+        found[i] = rows.numpy()
+    assert sorted(found) == list(range(len(sequences)))
+    return [found[i] for i in range(len(sequences))]
+
+
+def known_rows(ids: Sequence[int]) -> np.ndarray:
+    """(n, WIDTH) float32, as the small package computes them."""
+    rows: np.ndarray = np.outer(np.array(ids, np.float32), np.arange(1, WIDTH + 1, dtype=np.float32)) / np.float32(16)
+    return rows
+
+
+def assert_rows_are_known(got: Sequence[np.ndarray], sequences: Sequence[Sequence[int]]) -> None:
+    for rows, ids in zip(got, sequences, strict=True):
+        np.testing.assert_array_equal(rows.view(np.uint32), known_rows(ids).view(np.uint32))
+
+
+def test_rows_come_back_to_the_bit_whatever_their_number(model: ResolvedModel) -> None:
+    # the first two need no more than bfloat16 has, and go over the pipe as such; one is longer than a pipe
+    sequences = [[1, 2], [4], [10_007, 5], [1000 + i for i in range(3000)], [7]]
+    assert [not (known_rows(ids).view(np.uint32) & 0xFFFF).any() for ids in sequences[:3]] == [True, True, False]
+    source = start_rows(model)
+    assert_rows_are_known(rows_of(source, sequences), sequences)
+    assert asked(model) == sequences
+    source.close()
+
+
+def test_rows_are_asked_of_every_token_after_the_final_norm_and_without_a_prefix_cache(model: ResolvedModel) -> None:
+    source = start_rows(model)
+    rows_of(source, [[5, 6]])
+    told = json.loads((model.folder / "settings").read_text())
+    assert (told["runner"], told["convert"], told["enable_prefix_caching"]) == ("pooling", "embed", False)
+    assert told["pooler_config"] == {"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": False}
+    assert (told["enable_chunked_prefill"], told["max_num_batched_tokens"]) == (False, 4096)
+    (request,) = [json.loads(line) for line in (model.folder / "asked").read_text().splitlines()]
+    assert request == {"ids": [5, 6], "task": "token_embed", "use_activation": False}
+    source.close()
+
+
+@pytest.mark.parametrize("deadly", [DEADLY_ONCE, DEADLY_IN_A_MESSAGE])
+def test_rows_that_came_before_a_death_are_not_asked_again(model: ResolvedModel, deadly: int) -> None:
+    sequences = [*PROMPTS[:5], [deadly], *PROMPTS[5:]]
+    source = start_rows(model)
+    assert_rows_are_known(rows_of(source, sequences), sequences)
+    assert source.process.starts == 2
+    assert asked(model) == [*sequences[:6], *sequences[5:]]
+    source.close()
+
+
+def test_a_sequence_that_kills_the_engine_is_given_up_and_no_other(model: ResolvedModel) -> None:
+    sequences = [*PROMPTS[:5], [DEADLY], *PROMPTS[5:]]
+    source = start_rows(model)
+    results = dict(source.hidden_rows(sequences))
+    lost = results.pop(5)
+    assert isinstance(lost, EngineGaveUp)
+    assert "3 times" in lost.detail
+    kept = [rows.numpy() for _, rows in sorted(results.items()) if isinstance(rows, torch.Tensor)]
+    assert_rows_are_known(kept, PROMPTS)
+    source.close()
+
+
+def test_rows_that_nobody_waited_for_are_not_taken_for_those_of_later_sequences(model: ResolvedModel) -> None:
+    source = start_rows(model)
+    left_early = source.hidden_rows(PROMPTS)
+    next(left_early)
+    del left_early
+    assert_rows_are_known(rows_of(source, PROMPTS[::-1]), PROMPTS[::-1])
+    assert source.process.starts == 2
+    source.close()
