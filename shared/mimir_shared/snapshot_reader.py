@@ -46,6 +46,12 @@ class SnapshotReader:
         """Clips that are ok in every feature."""
         return len(self.clips)
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({str(self.storage.root)!r}: {len(self)} clips of {', '.join(self.features)}; "
+            f"snapshot {self.snapshot.digest[:FINGERPRINT_DIGITS]})"
+        )
+
     def __iter__(self) -> Iterator[str]:
         """The keys, by shard and row."""
         return self.clips.keys()
@@ -175,15 +181,15 @@ def find_snapshot(
     local_cache_dir: str | None = None,
     local_cache_gb: float = DEFAULT_LOCAL_CACHE_GB,
 ) -> tuple[Storage, Snapshot, pa.Table]:
-    """The newest snapshot of a cache that fits, and its index.
+    """The newest snapshot of a cache that fits, and its index. Of several ways to make a feature one must be wanted.
 
     Args:
         wanted: feature → beginning of its fingerprint, where the cache has a feature more than once.
         snapshot: digest (or its beginning) of the one to take instead.
         needed: features that the snapshot must have.
         local_cache_dir: folder that keeps what is read from a bucket, with at most `local_cache_gb` 10^9 bytes.
-    Raises: InputError where there is none, saying what to run; CacheError where it is damaged, is gone, or is of
-        another plan than the one that lies there.
+    Raises: InputError where there is none, saying what to run, or where those that fit have a feature at several
+        fingerprints; CacheError where it is damaged, is gone, or is of another plan than the one that lies there.
     """
     storage = open_storage(location, local_cache_dir=local_cache_dir, local_cache_gb=local_cache_gb)
     if isinstance(storage.root, Path) and not storage.root.is_dir():
@@ -212,6 +218,7 @@ def _choose(storage: Storage, wanted: Mapping[str, str], digest: str | None, nee
     fitting = [found for found in snapshots if _fits(found, wanted, needed)]
     if not fitting:
         raise InputError(_no_snapshot(storage, snapshots, wanted, needed))
+    _refuse_several_makes(storage, fitting)
     return fitting[-1]
 
 
@@ -220,6 +227,27 @@ def _fits(snapshot: Snapshot, wanted: Mapping[str, str], needed: Sequence[Featur
     return all(feature in pinned for feature in needed) and all(
         pinned.get(feature, "-").startswith(beginning) for feature, beginning in wanted.items()
     )
+
+
+def _refuse_several_makes(storage: Storage, fitting: Sequence[Snapshot]) -> None:
+    """Raise InputError where it would depend on who encoded last which models' features are read."""
+    makes: dict[FeatureName, dict[str, list[str]]] = {}
+    for snapshot in fitting:
+        for name, pinned in snapshot.features.items():
+            makes.setdefault(name, {}).setdefault(pinned.fingerprint[:FINGERPRINT_DIGITS], []).append(
+                snapshot.digest[:FINGERPRINT_DIGITS]
+            )
+    several = {name: found for name, found in makes.items() if len(found) > 1}
+    if several:
+        told = "; ".join(
+            f"{name}: " + ", ".join(f"{make} (snapshot {', '.join(digests)})" for make, digests in found.items())
+            for name, found in several.items()
+        )
+        example = " ".join(f"--feature {name}={list(found)[-1]}" for name, found in several.items())
+        raise InputError(
+            f"{storage.root}: made in several ways, expected to be told which to read: {told}; say it by --feature "
+            f"NAME=FINGERPRINT, for the newest: {example}"
+        )
 
 
 def _check_plans(storage: Storage, snapshot: Snapshot) -> None:

@@ -11,6 +11,7 @@ from mimir_shared.feature_folder import find_features
 from mimir_shared.open_files import OpenFiles
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, write_snapshot
+from mimir_shared.snapshot_reader import open_snapshot
 from mimir_shared.storage import LocalStorage
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
 from tests.train.caches import IMAGE, VIDEO, build_cache, flipped_byte, make_feature
@@ -189,3 +190,32 @@ def test_both_formats_are_read_alike(small_cache: Path, tmp_path: Path) -> None:
             for name, tensor in one.items():
                 assert (tensor.dtype, tensor.array.shape) == (other[name].dtype, other[name].array.shape)
                 assert tensor.array.tobytes() == other[name].array.tobytes()
+
+
+def test_a_cache_with_a_feature_at_two_fingerprints_asks_which(cache_copy: Path) -> None:
+    storage = LocalStorage(cache_copy)
+    (first,) = list_snapshots(storage)
+    old = first.features["latents"].fingerprint
+    build_cache(cache_copy, features=("latents",), vae_name="other", snapshot=False)
+    folders = {found.feature: found for found in find_features(storage) if not old.startswith(found.fingerprint)}
+    second = write_snapshot(storage, read_plan(storage), folders)
+    new = second.features["latents"].fingerprint
+    assert new != old
+    with pytest.raises(InputError) as caught:
+        open_cache(str(cache_copy))
+    assert caught.value.exit_code == 2
+    told = str(caught.value)
+    assert f"latents: {old[:12]} (snapshot {first.digest[:12]}), {new[:12]} (snapshot {second.digest[:12]})" in told
+    assert "t5:" not in told
+    assert f"--feature NAME=FINGERPRINT, for the newest: --feature latents={new[:12]}" in told
+    with pytest.raises(InputError, match="made in several ways"):
+        open_snapshot(str(cache_copy), {"llm": first.features["llm"].fingerprint})  # says nothing of the latents
+    assert open_cache(str(cache_copy), {"latents": old[:12]}).snapshot == first
+    assert open_cache(str(cache_copy), {"latents": new[:12]}).snapshot == second
+    assert open_cache(str(cache_copy), snapshot=first.digest).snapshot == first  # as a run that goes on
+
+
+def test_a_cache_says_what_it_is(small_cache: Path) -> None:
+    cache = open_cache(str(small_cache))
+    digest = cache.snapshot.digest[:12]
+    assert repr(cache) == f"Cache('{small_cache}': 24 clips of latents, t5, answers, llm; snapshot {digest})"

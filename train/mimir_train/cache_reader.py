@@ -118,8 +118,9 @@ def open_cache(
         wanted: feature → beginning of its fingerprint, where the cache has a feature more than once.
         snapshot: digest (or its beginning) of the one to open instead.
         local_cache_dir: folder that keeps what is read from a bucket, with at most `local_cache_gb` 10^9 bytes.
-    Raises: InputError where there is none, saying what to run; CacheError where it is damaged, or where the snapshot
-        asked for is gone; MachineError where a bucket cannot be read.
+    Raises: InputError where there is none, saying what to run, and where the cache has a feature more than once and
+        neither `wanted` nor `snapshot` says which; CacheError where it is damaged, or where the snapshot asked for is
+        gone; MachineError where a bucket cannot be read.
     """
     found = find_snapshot(
         location, wanted or {}, snapshot=snapshot, needed=NEEDED, local_cache_dir=local_cache_dir,
