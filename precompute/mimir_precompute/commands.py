@@ -10,8 +10,15 @@ from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.config import DecodeLimits
 from mimir_precompute.device import choose_device
 from mimir_precompute.messages import describe_plan
+from mimir_precompute.model_files import refuse_missing_folder
 from mimir_precompute.model_options import ModelOptions, encode_settings, model_source
-from mimir_precompute.option_values import parse_choice, parse_feature_choices, parse_features, parse_shards
+from mimir_precompute.option_values import (
+    parse_choice,
+    parse_feature_choices,
+    parse_features,
+    parse_shards,
+    read_shards,
+)
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
 from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_plan
 from mimir_precompute.presets import find_preset
@@ -87,6 +94,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     device = choose_device(request.models.device)
     storage = open_folder(request.cache)
     progress = Progress()
+    _check_before_planning(request, storage, features, device)
     plan = _plan_for(request, storage, progress)
     shards = parse_shards(request.shards, plan.num_shards)
     with working_on(storage):
@@ -119,6 +127,26 @@ def open_encoders(plan: Plan, options: ModelOptions, features: Sequence[FeatureN
     encoders = ModelEncoders(settings, geometry_of(plan.settings))
     encoders.resolve(_with_dependencies(features))
     return encoders
+
+
+def _check_before_planning(
+    request: EncodeRequest, storage: LocalStorage, features: Sequence[FeatureName], device: str
+) -> None:
+    """Raise InputError for options that cannot be right, while nothing is listed or written yet."""
+    read_shards(request.shards)
+    planned = read_plan(storage).settings.preset if storage.list("plan") else request.plan.preset
+    if request.clips is None or (planned is None and not request.plan.buckets):
+        return  # there is no plan, or nothing to plan by: told by whoever reads or makes it
+    settings = encode_settings(request.models, find_preset(planned) if planned else None, features, device)
+    wanted = _with_dependencies(features)
+    sources = {
+        "latents": (settings.latents.source,),
+        "t5": (settings.t5.text_encoder, settings.t5.tokenizer),
+        "answers": (settings.answers.source,),
+        "llm": (settings.llm.source,),
+    }
+    for source in (source for feature in wanted for source in sources[feature]):
+        refuse_missing_folder(source)
 
 
 def _plan_for(request: EncodeRequest, storage: LocalStorage, progress: Any) -> Plan:

@@ -144,6 +144,18 @@ def refuse_incomplete(model: ResolvedModel, missing: list[str], mismatched: list
         )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be one of the hub: `owner/name`, with an optional `@revision`."""
+    repo_id = name.partition("@")[0]
+    return "/" in repo_id and _HUB_ID.fullmatch(repo_id) is not None
+
+
+def refuse_missing_folder(source: ModelSource) -> None:
+    """Raise InputError for a model that is neither in a folder here nor a hub id; the hub is not asked yet."""
+    if Path(source.name).expanduser().exists() or not _HUB_ID.fullmatch(source.name.partition("@")[0]):
+        _locate(source)
+
+
 def _locate(source: ModelSource) -> tuple[Path, str, str | None]:
     """Returns the folder, the name for the identity, and the hub commit."""
     local = Path(source.name).expanduser()

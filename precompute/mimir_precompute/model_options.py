@@ -23,6 +23,7 @@ from mimir_precompute.config import (
 )
 from mimir_precompute.encoders.vllm_process import require_vllm, vllm_version
 from mimir_precompute.instruction_file import read_instructions
+from mimir_precompute.model_files import is_hub_id
 from mimir_precompute.option_values import parse_choice
 from mimir_precompute.presets import PRESETS, Preset
 from mimir_shared.errors import InputError
@@ -147,6 +148,7 @@ def model_source(
     needed: bool,
 ) -> ModelSource:
     """Where one model lies: its own option, else --models, else the preset's hub id."""
+    _refuse_missing_models(options.models)
     own = {"vae": options.vae, "text_encoder": options.t5, "tokenizer": options.t5, "llm": options.llm}[part]
     option = {"vae": "--vae", "text_encoder": "--t5", "tokenizer": "--t5", "llm": "--llm"}[part]
     default = (preset.llm if part == "llm" else preset.models) if preset else None
@@ -155,6 +157,11 @@ def model_source(
     if name is None:
         if not needed:
             return ModelSource(name="")
+        if options.models is not None:
+            raise InputError(
+                f"no {part}: --models {options.models} is {_kind(options.models)}; "
+                f"give {option} (a folder or hub id), or --models with a folder that has one"
+            )
         raise InputError(
             f"no {part.replace('_', ' ')}: give {option} (a folder or hub id) or --models (a folder with vae, "
             f"text_encoder, tokenizer and llm)"
@@ -166,4 +173,20 @@ def model_source(
 
 
 def _has_folder(models: str | None, part: str) -> bool:
-    return models is not None and (Path(models) / part).is_dir()
+    return models is not None and (Path(models).expanduser() / part).is_dir()
+
+
+def _kind(models: str) -> str:
+    return (
+        "a folder without llm in it"
+        if Path(models).expanduser().is_dir()
+        else "no folder here, and a hub id stands for no llm"
+    )
+
+
+def _refuse_missing_models(models: str | None) -> None:
+    if models is not None and not Path(models).expanduser().is_dir() and not is_hub_id(models):
+        raise InputError(
+            f"--models {models}: no such folder; expected a folder with vae, text_encoder, tokenizer and llm, or a "
+            f"hub id (owner/name)"
+        )

@@ -39,31 +39,36 @@ def parse_shards(text: str, num_shards: int) -> tuple[int, ...]:
 
     Raises: InputError for what is none of these, and for shards that the plan does not have.
     """
-    if text == "all":
-        return tuple(range(num_shards))
     chosen: set[int] = set()
+    for part in read_shards(text):
+        numbers: Sequence[int] = part if isinstance(part, range) else range(num_shards)[part]
+        if isinstance(part, slice) and part.start is not None and part.start >= num_shards:
+            numbers = [part.start]
+        for outside in (n for n in (*numbers[:1], *numbers[-1:]) if not 0 <= n < num_shards):
+            raise InputError(f"--shards {text!r}: no shard {outside}; the plan has shards 0 to {num_shards - 1}")
+        chosen.update(numbers)
+    return tuple(sorted(chosen))
+
+
+def read_shards(text: str) -> list[range | slice]:
+    """What --shards says, before it is known how many there are. Raises InputError where it is not understood."""
+    if text == "all":
+        return [slice(None)]
+    parts: list[range | slice] = []
     for part in text.split(","):
-        numbers: Sequence[int]
         try:
             if ":" in part:
                 pieces = [int(piece) if piece else None for piece in part.split(":")]
-                if len(pieces) > 3 or any(piece is not None and piece < 0 for piece in pieces):
+                if len(pieces) > 3 or any(piece is not None and piece < 0 for piece in pieces) or 0 in pieces[2:]:
                     raise ValueError(part)
-                numbers = range(num_shards)[slice(*pieces)]
-                if pieces[0] is not None and pieces[0] >= num_shards:
-                    numbers = [pieces[0]]
-            elif "-" in part:
-                first, last = (int(piece) for piece in part.split("-"))
-                numbers = range(first, last + 1)
-                if not numbers:
-                    raise ValueError(part)
-            else:
-                numbers = [int(part)]
+                parts.append(slice(*pieces))
+                continue
+            first, last = (int(piece) for piece in part.split("-")) if "-" in part else (int(part), int(part))
+            if last < first:
+                raise ValueError(part)
         except ValueError as fault:
             raise InputError(
                 f"--shards {text!r}: {part!r} is not understood; expected all, 0-63, 3,17 or 2::8 (start:stop:step)"
             ) from fault
-        for outside in (n for n in (min(numbers), max(numbers)) if not 0 <= n < num_shards):
-            raise InputError(f"--shards {text!r}: no shard {outside}; the plan has shards 0 to {num_shards - 1}")
-        chosen.update(numbers)
-    return tuple(sorted(chosen))
+        parts.append(range(first, last + 1))
+    return parts

@@ -71,7 +71,7 @@ def test_a_cache_that_is_planned_encoded_and_looked_at_holds_no_secret(
     for arguments in (
         ["plan", clips, "--cache", cache, "--preset", "tiny", "--json"],
         ["encode", "--cache", cache, *text],
-        ["encode", clips, "--cache", cache, *text],
+        ["encode", clips, "--cache", cache, "--models", "some/models", "--llm", "some/llm", *text],
         ["status", cache, "--json"],
         ["verify", cache],
         ["quarantine", cache, "--out", planted / "lost.parquet"],

@@ -64,17 +64,18 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
 ) -> None:
     cache = tmp_path / "cache"
     tiny = ("--cache", cache, "--preset", "tiny")
+    hub = (*tiny, "--models", "some/models", "--llm", "some/llm")  # not asked before the options are checked
     cases: list[tuple[tuple[str, ...], tuple[object, ...]]] = [
-        (("no such file or folder", "nowhere"), ("encode", tmp_path / "nowhere", *tiny)),
+        (("no such file or folder", "nowhere"), ("encode", tmp_path / "nowhere", *hub)),
         (("--preset 'huge'", "tiny, cogvideox-2b"), ("encode", toy_clips, "--cache", cache, "--preset", "huge")),
         (("no geometry", "--preset"), ("encode", toy_clips, "--cache", cache)),
         (("--features", "'sound'", "latents, t5"), ("encode", toy_clips, *tiny, "--features", "t5,sound")),
         (("--on-mismatch 'maybe'", "error, new"), ("encode", toy_clips, *tiny, "--on-mismatch", "maybe")),
         (("--device 'tpu'", "cuda:N"), ("encode", toy_clips, *tiny, "--device", "tpu")),
-        (("--latents 'pixels'", "moments, mean"), ("encode", toy_clips, *tiny, "--models", "x", "--latents", "pixels")),
+        (("--latents 'pixels'", "moments, mean"), ("encode", toy_clips, *hub, "--latents", "pixels")),
         (("--format 'hdf5'", "webdataset"), ("encode", toy_clips, *tiny, "--format", "hdf5")),
         (("no vae", "--vae", "--models"), ("encode", toy_clips, *tiny)),
-        (("--shards '7'", "no shard 7", "0 to 0"), ("encode", toy_clips, *tiny, "--models", "x", "--shards", "7")),
+        (("--shards '7'", "no shard 7", "0 to 0"), ("encode", toy_clips, *hub, "--shards", "7")),
         (("no plan in this cache", "mimir-precompute plan"), ("encode", "--cache", tmp_path / "empty")),
         (("no plan in this cache",), ("status", tmp_path / "empty")),
         (("no plan in this cache",), ("verify", tmp_path / "empty")),
@@ -83,6 +84,32 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     ]
     for parts, arguments in cases:
         check_error(capfd, 2, *parts, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--models", "./modelz"), ("--models ./modelz: no such folder", "owner/name")),
+        (("--models", "modelz"), ("--models modelz: no such folder",)),
+        (("--models", "/non/existent"), ("--models /non/existent: no such folder",)),
+        (("--models", "some/models"), ("no llm: --models some/models is no folder here", "--llm")),
+        (("--models", "some/models", "--llm", "/nonexist"), ("'/nonexist': does not exist",)),
+        (("--shards", "0..3"), ("--shards '0..3'", "0-63")),
+        (("--models", "some/models", "--llm", "some/llm", "--llm-layer", "top"), ("--llm-layer 'top'",)),
+        (("--models", "some/models", "--llm", "some/llm", "--answer-variants", "0"), ("--answer-variants",)),
+        (("--models", "some/models", "--llm", "some/llm", "--instructions", "/non/existent"), ("--instructions",)),
+    ],
+)
+def test_encode_plans_nothing_while_an_option_is_wrong(
+    capfd: pytest.CaptureFixture[str],
+    toy_clips: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    parts: tuple[str, ...],
+) -> None:
+    arguments = ("encode", toy_clips, "--cache", tmp_path / "cache", "--preset", "tiny", *options)
+    check_error(capfd, 2, *parts, arguments=arguments)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_unknown_options_and_values_of_a_wrong_type_end_with_code_2(
