@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute.cli_options import CacheArgument, Json, ReadableCache
+from mimir_precompute.cli_options import CacheArgument, Json, MaxQuarantinedOption, ReadableCache
 from mimir_shared.command_line import echo
 
 
@@ -86,12 +86,13 @@ def finalize(
         list[str] | None,
         typer.Option(help="NAME=FINGERPRINT, where the cache has a feature more than once.", show_default=False),
     ] = None,
+    max_quarantined: MaxQuarantinedOption = 0.01,
 ) -> None:
     """Write the snapshot that training pins; `encode` does it by itself when the last shard is done."""
     from mimir_precompute.commands import run_finalize
+    from mimir_precompute.messages import describe_snapshot
 
-    snapshot = run_finalize(cache, feature or [])
-    echo(f"snapshot {snapshot.digest[:12]}: {snapshot.clips} clips, features {', '.join(snapshot.features)}")
+    echo(describe_snapshot(run_finalize(cache, feature or [], max_quarantined)))
 
 
 def report(

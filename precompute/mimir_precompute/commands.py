@@ -22,6 +22,7 @@ from mimir_precompute.option_values import (
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
 from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_plan
 from mimir_precompute.presets import find_preset
+from mimir_precompute.quarantine import refuse_large_share, unusable_clips
 from mimir_precompute.termination import working_on
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import select_features
@@ -29,7 +30,7 @@ from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.snapshot import Snapshot, write_snapshot
+from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
 from mimir_shared.storage import LocalStorage, open_folder
 
 if TYPE_CHECKING:
@@ -170,15 +171,22 @@ def _with_dependencies(features: Sequence[FeatureName]) -> tuple[FeatureName, ..
     return tuple(f for f in FEATURES if f in features or (f == "answers" and "llm" in features))
 
 
-def run_finalize(cache: str, wanted: Sequence[str]) -> Snapshot:
-    """Write a snapshot of the complete cache. Raises InputError where it is not complete."""
+def run_finalize(cache: str, wanted: Sequence[str], max_quarantined: float) -> Snapshot:
+    """Write a snapshot of the complete cache.
+
+    Raises: InputError where it is not complete, TooManyQuarantinedError where it lacks too large a share of the clips.
+    """
     storage = open_storage(cache)
     plan = read_plan(storage)
     choices = parse_feature_choices(wanted)
     with ExitStack() as stack:
         stack.callback(storage.tidy)
         storage.check_writable()
-        return write_snapshot(storage, plan, select_features(storage, choices))
+        folders, shards = select_features(storage, choices), range(plan.num_shards)
+        if not incomplete_shards(plan, folders.values()):
+            unusable = unusable_clips(plan, folders.values())
+            refuse_large_share(storage.root, plan, shards, unusable, max_quarantined)
+        return write_snapshot(storage, plan, folders)
 
 
 def run_inspect(

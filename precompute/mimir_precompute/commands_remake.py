@@ -39,7 +39,7 @@ class RemakeRequest:
 def run_retry(request: RemakeRequest, choice: RetryChoice) -> RetryOutcome:
     """Try quarantined clips again with the models that were asked for."""
     with _opened(request) as (storage, make_job, progress, log):
-        return retry_clips(storage, choice, make_job, progress, log)
+        return retry_clips(storage, choice, make_job, progress, log, max_quarantined=request.max_quarantined)
 
 
 def run_verify(request: RemakeRequest, *, repair: bool) -> tuple[VerifyReport, RepairOutcome | None]:

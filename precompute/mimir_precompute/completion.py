@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from mimir_precompute.quarantine import is_within_share, unusable_clips
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import Plan
@@ -10,11 +11,18 @@ from mimir_shared.storage import LocalStorage
 
 
 def write_snapshot_if_complete(
-    storage: LocalStorage, plan: Plan, folders: Mapping[FeatureName, FeatureFolder]
+    storage: LocalStorage,
+    plan: Plan,
+    folders: Mapping[FeatureName, FeatureFolder],
+    *,
+    max_quarantined: float = 1.0,
 ) -> Snapshot | None:
     """Snapshot some features and those that the cache has besides; None while shards of the former are missing.
 
     Where the cache has a feature besides more than once, the newest snapshot says which.
+
+    Args:
+        max_quarantined: share of unusable clips above which none is written; 1 where it was judged before.
     """
     if incomplete_shards(plan, folders.values()):
         return None
@@ -28,4 +36,7 @@ def write_snapshot_if_complete(
             others = [folder for folder in others if any(name.startswith(folder.fingerprint) for name in pinned)]
         if feature not in folders and others and not incomplete_shards(plan, others):
             chosen[feature] = others[0]
-    return write_snapshot(storage, plan, chosen) if chosen else None
+    unusable = unusable_clips(plan, chosen.values()) if max_quarantined < 1 else {}
+    if not chosen or not is_within_share(plan, range(plan.num_shards), unusable, max_quarantined):
+        return None
+    return write_snapshot(storage, plan, chosen)

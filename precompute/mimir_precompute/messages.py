@@ -20,6 +20,7 @@ from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import Problem, VerifyReport
 from mimir_precompute.workers import SeenWorker
 from mimir_shared.features import FEATURES
+from mimir_shared.snapshot import Snapshot
 
 _LEDGER_LINES = 50
 
@@ -154,6 +155,13 @@ def describe_statistics(cache: str, found: CacheStatistics) -> str:
         )
     if not found.drifts:
         lines.append(f"{cache}: no shard is unlike the others")
+    return "\n".join(lines)
+
+
+def describe_snapshot(snapshot: Snapshot) -> str:
+    """What `finalize` wrote, and what it left out."""
+    lines = [f"snapshot {snapshot.digest[:12]}: {snapshot.clips} clips, features {', '.join(snapshot.features)}"]
+    lines += [f"  left out: {count} at {reason}" for reason, count in snapshot.left_out.items()]
     return "\n".join(lines)
 
 

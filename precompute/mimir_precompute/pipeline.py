@@ -33,10 +33,9 @@ from mimir_precompute.prepare import (
 )
 from mimir_precompute.progress import Progress, SharedWork
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.quarantine import feature_ledger, refuse_mass_loss
+from mimir_precompute.quarantine import refuse_large_share, refuse_mass_loss, unusable_clips
 from mimir_precompute.remake import Remake, Remaking
 from mimir_precompute.shard_writer import ShardWriter
-from mimir_shared.errors import TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import fingerprint
@@ -161,9 +160,9 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
             progress.expect(missing_clips(job, specs))
         for feature in job.features:
             outcome.features.append(encode_feature(job, specs, feature, leases, progress, log))
-    outcome.quarantined = quarantined_clips(job, specs)
-    check_quarantine(job, outcome)
     folders = {feature: FeatureFolder(job.storage, feature, specs[feature].fingerprint) for feature in job.features}
+    outcome.quarantined = unusable_clips(job.plan, folders.values(), frozenset(job.shards))
+    refuse_large_share(job.storage.root, job.plan, job.shards, outcome.quarantined, job.max_quarantined)
     outcome.snapshot = write_snapshot_if_complete(job.storage, job.plan, folders)
     return outcome
 
@@ -368,26 +367,3 @@ def write_batch(spec: FeatureSpec, batch: EncodedBatch, writer: ShardWriter, out
                 writer.add_quarantined(row.clip, row.rejection, bucket=row.bucket, source_xxh3=row.source_xxh3)
             case Untried():
                 writer.add_untried(row.original)
-
-
-def quarantined_clips(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> dict[str, str]:
-    """key → "stage: reason" of the clips in the job's shards that some feature of the job could not use."""
-    found: dict[str, str] = {}
-    for feature in job.features:
-        folder = FeatureFolder(job.storage, feature, specs[feature].fingerprint)
-        for line in feature_ledger(job.plan, folder, frozenset(job.shards)):
-            found.setdefault(line.key, f"{line.stage}: {line.reason}")
-    return found
-
-
-def check_quarantine(job: EncodeJob, outcome: EncodeOutcome) -> None:
-    """Raise TooManyQuarantinedError where the share of unusable clips is above the job's limit."""
-    clips = sum(job.plan.num_current_clips(shard) for shard in job.shards)
-    count = len(outcome.quarantined)
-    if count > clips * job.max_quarantined:
-        shown = ", ".join(f"{key} ({why})" for key, why in sorted(outcome.quarantined.items())[:5])
-        raise TooManyQuarantinedError(
-            f"{job.storage.root}: {count} of {clips} clips are quarantined, more than --max-quarantined "
-            f"{job.max_quarantined:g} allows: {shown}{', …' if count > 5 else ''}; everything else is committed. "
-            f"Mend the clips and plan again, or accept the loss with a larger --max-quarantined"
-        )

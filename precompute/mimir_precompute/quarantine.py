@@ -4,7 +4,7 @@ The commit records are the ledger; what is made of them here can be thrown away 
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mimir_precompute.rejection import UNTRIED_STAGES
-from mimir_shared.errors import MachineError
+from mimir_shared.errors import MachineError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.manifest import SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
@@ -94,6 +94,44 @@ def feature_ledger(
                     generation=generation,
                     source=clip.source,
                 )
+
+
+def unusable_clips(
+    plan: Plan, folders: Iterable[FeatureFolder], shards: Collection[int] | None = None
+) -> dict[str, str]:
+    """key → "stage: reason" of the clips that some of these features could not use; of all shards, or of some."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for line in feature_ledger(plan, folder, shards):
+            found.setdefault(line.key, f"{line.stage}: {line.reason}")
+    return found
+
+
+def is_within_share(plan: Plan, shards: Iterable[int], unusable: Collection[str], max_quarantined: float) -> bool:
+    """Whether no larger share of the clips planned in some shards is unusable than allowed."""
+    return len(unusable) <= sum(plan.num_current_clips(shard) for shard in shards) * max_quarantined
+
+
+def refuse_large_share(
+    where: object, plan: Plan, shards: Collection[int], unusable: Mapping[str, str], max_quarantined: float
+) -> None:
+    """Stop before a snapshot is written that leaves out too many clips.
+
+    Args:
+        where: the cache.
+        unusable: as unusable_clips gives it for these shards.
+    Raises: TooManyQuarantinedError where their share is above `max_quarantined`.
+    """
+    if is_within_share(plan, shards, unusable, max_quarantined):
+        return
+    clips = sum(plan.num_current_clips(shard) for shard in shards)
+    shown = ", ".join(f"{key} ({why})" for key, why in sorted(unusable.items())[:5])
+    raise TooManyQuarantinedError(
+        f"{where}: {len(unusable)} of {clips} clips are quarantined, more than --max-quarantined {max_quarantined:g} "
+        f"allows: {shown}{', …' if len(unusable) > 5 else ''}; what is good is committed, but no snapshot was "
+        f"written. Mend the clips and run `mimir-precompute retry {where}` with the same models, or accept the loss "
+        f"with a larger --max-quarantined"
+    )
 
 
 def ledger_parquet(lines: Sequence[QuarantinedClip]) -> bytes:

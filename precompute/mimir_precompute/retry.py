@@ -110,19 +110,30 @@ JobMaker = Callable[[Plan, tuple[FeatureName, ...], Remaking], EncodeJob]
 
 
 def retry_clips(
-    storage: LocalStorage, choice: RetryChoice, make_job: JobMaker, progress: Progress, log: RunLog
+    storage: LocalStorage,
+    choice: RetryChoice,
+    make_job: JobMaker,
+    progress: Progress,
+    log: RunLog,
+    *,
+    max_quarantined: float = 0.01,
 ) -> RetryOutcome:
     """Try the chosen clips again, features in dependency order, and snapshot the cache where it is complete.
 
     Only features with something to try have their models loaded.
+
+    Args:
+        max_quarantined: share of unusable clips above which a retry that finds nothing to try writes no snapshot; the
+            job has its own for one that does.
     Raises: as encode_cache.
     """
     plan = read_plan(storage)
     features = features_to_retry(storage, plan, choice)
     if not features:
         # what was killed between its last commit and its snapshot has only that left to do
-        known = bool(list_snapshots(storage))
-        return RetryOutcome(snapshot=write_snapshot_if_complete(storage, plan, {}) if known else None)
+        if not list_snapshots(storage):
+            return RetryOutcome()
+        return RetryOutcome(snapshot=write_snapshot_if_complete(storage, plan, {}, max_quarantined=max_quarantined))
     remaking = Retrying(plan, choice)
     encoded = encode_cache(make_job(plan, features, remaking), progress, log)
     tried = {(line.feature, line.fingerprint, line.key) for line in remaking.tried}

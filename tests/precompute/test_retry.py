@@ -1,6 +1,7 @@
 """`retry` tries quarantined clips again; what was good stays as it is, byte for byte."""
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from mimir_shared.errors import CacheError, InputError, MachineError, TooManyQua
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import Plan
-from mimir_shared.snapshot import read_index
+from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.storage import LocalStorage
 from tests.fake_encoders import FakeEncoders, tree
 from tests.precompute.test_cli import call
@@ -44,7 +45,9 @@ def retry(
             **options,
         )
 
-    return retry_clips(storage, choice or RetryChoice(), make_job, Progress(quiet=True), RunLog(storage, "cpu"))
+    allowed = options.get("max_quarantined", 0.01)
+    log = RunLog(storage, "cpu")
+    return retry_clips(storage, choice or RetryChoice(), make_job, Progress(quiet=True), log, max_quarantined=allowed)
 
 
 @pytest.fixture
@@ -290,3 +293,25 @@ def test_what_encodes_again_takes_every_option_about_models_and_decoding_that_en
     for name in theirs.keys() - elsewhere:
         assert name in ours, name
         assert (ours[name].default, ours[name].annotation) == (theirs[name].default, theirs[name].annotation)
+
+
+def test_no_snapshot_leaves_out_more_clips_than_allowed_whichever_command_writes_it(
+    own_clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache, storage = tmp_path / "cache", LocalStorage(tmp_path / "cache")
+    encode(own_clips, cache)
+    first = sorted(captions_of(own_clips))[0]
+    with (own_clips / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "gone.mp4", "text": "a clip that is not there"}) + "\n")
+    with pytest.raises(TooManyQuarantinedError, match=r"no snapshot was written.*mimir-precompute retry"):
+        encode(own_clips, cache)
+    assert len(list_snapshots(storage)) == 1
+    assert retry(cache, choice=RetryChoice(keys=frozenset([first]))).snapshot is None
+    code, _, err = call(capfd, "finalize", cache)
+    assert code == 3
+    assert "1 of 13 clips are quarantined" in err
+    assert len(list_snapshots(storage)) == 1
+    code, out, _ = call(capfd, "finalize", cache, "--max-quarantined", 0.1)
+    assert code == 0
+    assert "left out: 1 at latents:missing" in out
+    assert len(list_snapshots(storage)) == 2
