@@ -107,6 +107,7 @@ def measure(models: Path, num_captions: int, repetitions: int) -> None:
             echo(f"{name}: {encoder.engine.report()}")
             equal, total = greedy_agreement(at_once(encoder, inputs), at_once(reference, inputs))
             echo(f"{name}: {equal} of {total} greedy tokens ({equal / total:.2%}) before the first difference")
+    for encoder in encoders.values():
         encoder.close()
 
 
