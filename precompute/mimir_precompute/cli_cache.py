@@ -160,6 +160,13 @@ def inspect(
     ] = None,
     models: Annotated[str | None, typer.Option(help="Folder or hub id with the vae.", show_default=False)] = None,
     vae: Annotated[str | None, typer.Option(help="VAE alone: folder or hub id.", show_default=False)] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FINGERPRINT: which latents to decode, where the cache has them more than once.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -167,7 +174,7 @@ def inspect(
     from mimir_precompute.commands import run_inspect
     from mimir_precompute.messages import describe_inspection
 
-    described = run_inspect(cache, key, video, models=models, vae=vae, device=device)
+    described = run_inspect(cache, key, video, models=models, vae=vae, device=device, wanted=feature or [])
     # a user's own columns may hold dates and the like
     echo(json.dumps(described, default=str) if as_json else describe_inspection(described))
     if video is not None and not as_json:

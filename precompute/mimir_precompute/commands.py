@@ -190,12 +190,24 @@ def run_finalize(cache: str, wanted: Sequence[str], max_quarantined: float) -> S
 
 
 def run_inspect(
-    cache: str, key: str, video: Path | None, *, models: str | None, vae: str | None, device: str
+    cache: str,
+    key: str,
+    video: Path | None,
+    *,
+    models: str | None,
+    vae: str | None,
+    device: str,
+    wanted: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Describe one clip; decode its latents to `video` if that is given."""
+    """Describe one clip; decode its latents to `video` if that is given.
+
+    Args:
+        wanted: "NAME=FINGERPRINT" each; that of `latents` is decoded.
+    """
     from mimir_precompute.clip_facts import describe_clip
     from mimir_precompute.inspect_clip import find_clip, find_sample, posterior_mean, write_video
 
+    choices = parse_feature_choices(wanted)
     storage = open_storage(cache)
     described = describe_clip(storage, key)
     if video is not None:
@@ -203,7 +215,7 @@ def run_inspect(
 
         plan = read_plan(storage)
         preset = find_preset(plan.settings.preset) if plan.settings.preset else None
-        folder, record, sample = find_sample(storage, find_clip(plan, key), "latents")
+        folder, record, sample = find_sample(storage, find_clip(plan, key), "latents", choices.get("latents", ""))
         _, tensors = folder.read_sample(record, sample)
         source = model_source(ModelOptions(models=models, vae=vae), preset, "vae", True)
         decoder = load_decoder(source, folder.read_spec().identity, choose_device(device))

@@ -48,7 +48,7 @@ def run_verify(request: RemakeRequest, *, repair: bool) -> tuple[VerifyReport, R
     if not repair or report.ok:
         return report, None
     with _opened(request) as (storage, make_job, progress, log):
-        progress.say(describe_verification(request.cache, report))
+        progress.say(describe_verification(request.cache, report, repairing=True))
         return report, repair_cache(storage, report, make_job, progress, log)
 
 

@@ -47,14 +47,23 @@ def complete_key(key: str, known: Iterable[str]) -> str:
     raise InputError(f"key {key!r}: not in the plan of {len(keys)} clips{hint}")
 
 
-def find_sample(storage: Storage, clip: PlannedClip, feature: str) -> tuple[FeatureFolder, CommitRecord, SampleRecord]:
+def find_sample(
+    storage: Storage, clip: PlannedClip, feature: str, fingerprint: str = ""
+) -> tuple[FeatureFolder, CommitRecord, SampleRecord]:
     """Where a cache holds one feature of a clip; the first fingerprint at which it is ok.
 
+    Args:
+        fingerprint: how the feature's begins, where the cache has it more than once.
     Raises: InputError where the cache has none of it.
     """
     why = f"not in {storage.root} yet"
-    for folder in find_features(storage):
-        generation = folder.generations().get(clip.shard) if folder.feature == feature else None
+    present = [folder for folder in find_features(storage) if folder.feature == feature]
+    fitting = [folder for folder in present if folder.fingerprint.startswith(fingerprint)]
+    if present and not fitting:
+        names = ", ".join(folder.fingerprint for folder in present)
+        raise InputError(f"--feature {feature}={fingerprint}: {storage.root} has none such; expected one of {names}")
+    for folder in fitting:
+        generation = folder.generations().get(clip.shard)
         if generation is None:
             continue
         record = folder.read_record(clip.shard, generation)

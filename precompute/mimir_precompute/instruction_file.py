@@ -39,12 +39,26 @@ def read_instructions(path: str) -> tuple[Instruction, ...]:
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise InputError(f"{where}: is no YAML: {' '.join(str(fault).split())[:200]}") from fault
     except ValidationError as fault:
-        first = fault.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(
-            f"{where}: {place}: {first['msg']}; expected a list of entries with `name` (letters, digits, _ or -) and "
-            f"`text`"
-        ) from fault
+        raise InputError(f"{where}: {_describe(fault)}") from fault
     if not entries:
         raise InputError(f"{where}: has no instruction; expected at least one entry with `name` and `text`")
     return tuple(Instruction(name=entry.name, text=entry.text) for entry in entries)
+
+
+def _describe(fault: ValidationError) -> str:
+    """The first thing that is wrong, with entries counted from 1."""
+    first = fault.errors()[0]
+    got = repr(first["input"])
+    got = got if len(got) <= 60 else f"{got[:60]}…"
+    match first["loc"]:
+        case (int(number), str(name)) if first["type"] == "missing":
+            return f"entry {number + 1}: expected `name` and `text`, got no `{name}`"
+        case (int(number), str(name)) if first["type"] == "extra_forbidden":
+            return f"entry {number + 1}: expected `name` and `text` alone, got `{name}` too"
+        case (int(number), "name"):
+            return f"entry {number + 1}: expected a `name` of letters, digits, _ or -, got {got}"
+        case (int(number), "text"):
+            return f"entry {number + 1}: expected a `text` with something in it, got {got}"
+        case (int(number), *_):
+            return f"entry {number + 1}: expected `name` and `text`, got {got}"
+    return f"the file: expected a list of entries with `name` and `text`, got {got}"

@@ -123,7 +123,7 @@ class Leases:
         self._closing = threading.Event()
         self._heart: threading.Thread | None = None
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(when_stopped(self.drop_all))
+        self._stack.enter_context(when_stopped(self._leave))
 
     def __enter__(self) -> Self:
         return self
@@ -210,8 +210,11 @@ class Leases:
         self._closing.set()
         if self._heart is not None:
             self._heart.join()
-        self.drop_all()
         self._stack.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        self.drop_all()
         for folder in sorted(self._folders, key=len, reverse=True):
             with contextlib.suppress(OSError):
                 self.storage.path(folder).rmdir()

@@ -18,6 +18,7 @@ from mimir_precompute.retry import RetryOutcome
 from mimir_precompute.stats import CacheStatistics
 from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import Problem, VerifyReport
+from mimir_precompute.wording import counted, format_size
 from mimir_precompute.workers import SeenWorker
 from mimir_shared.features import FEATURES
 from mimir_shared.snapshot import Snapshot
@@ -35,8 +36,8 @@ def describe_plan(report: PlanReport, *, dry_run: bool = False) -> str:
     missing = f"; {report.missing_files} files are missing" if report.missing_files else ""
     done = "would be planned" if dry_run else ("planned" if report.written else "nothing to plan")
     return (
-        f"plan: {report.clips} clips ({', '.join(changes) or 'all as planned before'}){missing}; "
-        f"{report.new_shards} new of {report.shards} shards: {done}"
+        f"plan: {counted(report.clips, 'clip')} ({', '.join(changes) or 'all as planned before'}){missing}; "
+        f"{f'{report.new_shards} new of ' if report.new_shards else ''}{counted(report.shards, 'shard')}: {done}"
     )
 
 
@@ -49,10 +50,12 @@ def describe_outcome(cache: str, outcome: EncodeOutcome) -> str:
     for feature in outcome.features:
         if feature.shards_made:
             copied = f", {feature.copied} copied (same input as before)" if feature.copied else ""
-            before = f"; {feature.shards_done_before} shards were there" if feature.shards_done_before else ""
+            before = (
+                f"; {counted(feature.shards_done_before, 'shard')} there before" if feature.shards_done_before else ""
+            )
             lines.append(
-                f"{feature.feature}: {feature.shards_made} shards, {feature.encoded} clips encoded{copied}, "
-                f"{feature.quarantined} quarantined, {feature.nbytes / 1e6:.1f} MB{before}"
+                f"{feature.feature}: {counted(feature.shards_made, 'shard')}, {counted(feature.encoded, 'clip')} "
+                f"encoded{copied}, {feature.quarantined} quarantined, {format_size(feature.nbytes)}{before}"
             )
     if outcome.quarantined:
         shown = "; ".join(f"{key} ({why})" for key, why in sorted(outcome.quarantined.items())[:5])
@@ -68,7 +71,8 @@ def describe_outcome(cache: str, outcome: EncodeOutcome) -> str:
 def describe_status(cache: str, status: CacheStatus) -> str:
     """The table of `status`."""
     lines = [
-        f"{cache}: {status.clips} clips in {status.shards} shards, {'complete' if status.complete else 'unfinished'}"
+        f"{cache}: {counted(status.clips, 'clip')} in {counted(status.shards, 'shard')}, "
+        f"{'complete' if status.complete else 'unfinished'}"
     ]
     lines.append(_status_row("feature", "fingerprint", "shards", "ok", "quarantined", "MB", "clips/s", "left"))
     rows = [(name, one) for name in FEATURES for one in status.features.get(name, [])]
@@ -125,7 +129,7 @@ def _describe_worker(worker: SeenWorker) -> str:
 
 def describe_ledger(cache: str, lines: Sequence[QuarantinedClip], out: Path | None) -> str:
     """The table of `quarantine`, and where the file of it went."""
-    shown = [f"{cache}: {len(lines)} quarantined clips{f', written to {out}' if out else ''}"]
+    shown = [f"{cache}: {counted(len(lines), 'quarantined clip')}{f', written to {out}' if out else ''}"]
     for (feature, stage, reason), count in sorted(Counter((x.feature, x.stage, x.reason) for x in lines).items()):
         shown.append(f"  {feature}: {count} at {stage}: {reason}")
     shown += [_describe_loss(line) for line in lines[:_LEDGER_LINES]]
@@ -183,22 +187,26 @@ def _describe_loss(line: QuarantinedClip) -> str:
     return f"{line.key}: {line.feature} {line.stage}: {line.reason}: {line.detail}{tries}"
 
 
-def describe_verification(cache: str, report: VerifyReport) -> str:
-    """What `verify` found."""
+def describe_verification(cache: str, report: VerifyReport, *, repairing: bool = False) -> str:
+    """What `verify` found, and what to do about it unless that is being done."""
     lines = [
-        f"{cache}: {report.shards} shards, {report.samples} samples, {report.bytes / 1e6:.1f} MB read; "
-        f"{'all is well' if report.ok else f'{len(report.problems)} problems'}"
+        f"{cache}: {counted(report.shards, 'shard')}, {counted(report.samples, 'sample')}, "
+        f"{format_size(report.bytes)} read; {'all is well' if report.ok else counted(len(report.problems), 'problem')}"
     ]
     lines += _describe_problems(report.problems)
     for name, count in report.unfinished.items():
-        lines.append(f"  not finished: {count} shards of {name} are not encoded yet")
+        lines.append(f"  not finished: {counted(count, 'shard')} of {name} not encoded yet")
+    if not report.ok and not repairing:
+        lines.append(f"mend it: `mimir-precompute verify {cache} --repair`, with the models that made the cache")
     return "\n".join(lines)
 
 
 def describe_conversion(out: str, data_format: str, outcome: ConvertOutcome) -> str:
     """What `convert` did."""
     before = f", {outcome.shards_done_before} were converted before" if outcome.shards_done_before else ""
-    lines = [f"{out}: {outcome.shards} shards written as {data_format}, {outcome.nbytes / 1e6:.1f} MB{before}"]
+    lines = [
+        f"{out}: {counted(outcome.shards, 'shard')} written as {data_format}, {format_size(outcome.nbytes)}{before}"
+    ]
     for name, count in outcome.unfinished.items():
         lines.append(f"  {count} shards of {name} are not encoded yet: convert again when they are")
     if outcome.snapshot is not None:
@@ -212,13 +220,24 @@ def describe_merge(out: str, outcome: MergeOutcome) -> str:
     """What `convert --merge` did."""
     before = f", {outcome.tars_done_before} were written before" if outcome.tars_done_before else ""
     return (
-        f"{out}: {outcome.tars} tars written, {outcome.nbytes / 1e6:.1f} MB{before}; {outcome.clips} clips with all "
-        f"features in one sample each. It is an export: `verify` and `encode` work on the cache itself"
+        f"{out}: {counted(outcome.tars, 'tar')} written, {format_size(outcome.nbytes)}{before}; {outcome.clips} clips "
+        f"with all features in one sample each. It is an export: `verify` and `encode` work on the cache itself"
     )
 
 
 def _describe_problems(problems: Sequence[Problem]) -> list[str]:
-    lines = []
+    # a file that was cut loses all samples behind the cut: one cause, one line
+    cut = {(problem.feature, problem.fingerprint, problem.shard) for problem in problems if problem.kind == "length"}
+    follows = [
+        problem.kind == "sample" and (problem.feature, problem.fingerprint, problem.shard) in cut
+        for problem in problems
+    ]
+    lost = Counter((one.feature, one.shard) for one, follow in zip(problems, follows, strict=True) if follow)
+    lines = [
+        f"  sample {feature}/{shard}: {counted(count, 'sample')} cannot be read, for a file of it has another length"
+        for (feature, shard), count in lost.items()
+    ]
+    problems = [problem for problem, follow in zip(problems, follows, strict=True) if not follow]
     for problem in problems[:50]:
         place = "/".join(str(part) for part in (problem.feature, problem.shard, problem.row) if part not in (None, ""))
         lines.append(f"  {problem.kind} {place}: {problem.detail}")

@@ -109,6 +109,15 @@ def resolve_model(source: ModelSource, parts: tuple[ModelPart, ...]) -> Resolved
     )
 
 
+def describe_model(model: Mapping[str, JsonValue]) -> str:
+    """A model as an identity has it, for whoever is to find it: hub id, or how its weights' digest begins."""
+    if model["name"] != "local":
+        return f"{model['name']}{'@' + model['commit'] if model['commit'] else ''}"
+    digests = model["sha256"]
+    file = next((name for name in sorted(digests) if name.endswith(".safetensors")), min(digests))
+    return f"the folder in which the sha256 of {file} begins with {digests[file][:12]}"
+
+
 @contextmanager
 def loading_from(model: ResolvedModel) -> Iterator[None]:
     """Turn what a library raises over damaged or unknown model files into one clear line."""

@@ -258,7 +258,7 @@ def encode_feature(
                 log=log,
             )
         )
-        if (told := log.encoder_finished(feature, encoder)) is not None:
+        if (told := log.encoder_finished(feature, encoder)) is not None and outcome.encoded:
             progress.say(told)
     return outcome
 

@@ -16,6 +16,7 @@ from rich.progress import Progress as RichProgress
 
 from mimir_precompute.pace import RecentRate, describe_bytes, describe_duration, rate_together, time_left_s
 from mimir_precompute.termination import when_stopped
+from mimir_precompute.wording import counted
 from mimir_precompute.workers import (
     BEAT_S,
     SeenWorker,
@@ -134,7 +135,7 @@ class Progress:
         started_s = self._clock()
         self._begin(feature, clips, shared)
         if not self._console.is_terminal:
-            self._console.print(f"{feature}: {clips} clips in {shards} shards to {verb}")
+            self._console.print(f"{feature}: {counted(clips, 'clip')} in {counted(shards, 'shard')} to {verb}")
         over = threading.Event()
         ticker = threading.Thread(target=self._tick_until, args=(over,), name="progress", daemon=True)
         with self._bars(), self._own_file():

@@ -97,11 +97,13 @@ class RunLog:
         return None
 
     def encoder_finished(self, feature: str, encoder: object) -> str | None:
-        """Record how an encoder fared, if it tells; one line for a person of it."""
+        """Record how an encoder fared, if it tells; one line for a person of it, if it did anything."""
         if not isinstance(encoder, ReportingEncoder):
             return None
         told = dict(encoder.report())
         self._write({"event": "encoder", "feature": feature, **told})
+        if told.get("prompts") == 0:
+            return None
         return f"{feature}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
 
     @contextmanager

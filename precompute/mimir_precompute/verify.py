@@ -18,7 +18,7 @@ from mimir_shared.manifest import CommitRecord, DataFile, SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.safetensors_bytes import read_tensors
 from mimir_shared.sealed import check_sealed_tensors, read_sealed_json
-from mimir_shared.shard_files import ShardFiles
+from mimir_shared.shard_files import SEE_VERIFY, ShardFiles
 from mimir_shared.snapshot import list_snapshots, read_index, readable_snapshots
 from mimir_shared.storage_protocol import Storage
 from mimir_shared.stored_file import open_stored_file
@@ -274,7 +274,7 @@ def check_sample(files: ShardFiles, spec: FeatureSpec, sample: SampleRecord) -> 
             return "sample", f"{sample.key!r}: its text is of {document.get('key')!r}"
         check_tensors(tensors, spec.tensor_specs(sample.bucket or ""))
     except (CacheError, MachineError, ValueError) as fault:
-        return "sample", str(fault)
+        return "sample", str(fault).removesuffix(SEE_VERIFY)
     except ClipRejected as rejection:
         return "tensor", f"{sample.key!r}: {rejection.detail}"
     return None

@@ -6,6 +6,7 @@ every clip that is gone. The newest row of a key wins; older rows are superseded
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -217,6 +218,11 @@ def read_plan(storage: Storage) -> Plan:
     # a listing may be late; the name of the next plan file is known
     while storage.exists(plan_name(len(names))):
         names.append(plan_name(len(names)).removeprefix("plan/"))
+    if not names and isinstance(storage.root, Path) and not storage.root.is_dir():
+        raise InputError(
+            f"{storage.root}: no such folder; expected a cache, as `mimir-precompute plan CLIPS --cache "
+            f"{storage.root}` makes it"
+        )
     if not names:
         raise InputError(
             f"{storage.root}: no plan in this cache (expected {plan_name(0)}); make one: "

@@ -4,7 +4,7 @@ Both formats keep every tensor of a sample as one range of raw bytes, and the te
 parsed here. What comes out was checked against the hashes in the record.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import xxhash
 
@@ -14,6 +14,8 @@ from mimir_shared.manifest import CommitRecord, SampleRecord, StoredSample
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.safetensors_bytes import tensor_at
 from mimir_shared.storage_protocol import Storage
+
+SEE_VERIFY: Final = "; the shard is damaged: run `mimir-precompute verify`"
 
 
 class ShardFiles:
@@ -76,6 +78,6 @@ class ShardFiles:
 
     def _damaged(self, file: int, sample: SampleRecord, what: str) -> str:
         return (
-            f"{self._where(file)}: the {what} of sample {sample.key!r} (row {sample.row}) do not match the hash in the "
-            f"commit record; the shard is damaged: run `mimir-precompute verify`"
+            f"{self._where(file)}: the {what} of sample {sample.key!r} (row {sample.row}) "
+            f"{'does' if what == 'text' else 'do'} not match the hash in the commit record{SEE_VERIFY}"
         )

@@ -76,9 +76,12 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
         (("--format 'hdf5'", "webdataset"), ("encode", toy_clips, *tiny, "--format", "hdf5")),
         (("no vae", "--vae", "--models"), ("encode", toy_clips, *tiny)),
         (("--shards '7'", "no shard 7", "0 to 0"), ("encode", toy_clips, *hub, "--shards", "7")),
-        (("no plan in this cache", "mimir-precompute plan"), ("encode", "--cache", tmp_path / "empty")),
-        (("no plan in this cache",), ("status", tmp_path / "empty")),
-        (("no plan in this cache",), ("verify", tmp_path / "empty")),
+        (("no plan in this cache", "mimir-precompute plan"), ("encode", "--cache", tmp_path)),
+        (("no plan in this cache",), ("status", tmp_path)),
+        *(
+            (("no such folder", "mimir-precompute plan"), (command, tmp_path / "none"))
+            for command in ("status", "verify", "gc", "quarantine", "report")
+        ),
         (("not in the plan", "did you mean"), ("inspect", cache, "0001")),
         (("not finished", "no feature yet"), ("finalize", cache)),
     ]
@@ -178,7 +181,8 @@ def test_a_cache_that_cannot_be_written_is_told_before_any_model_loads(
     capfd: pytest.CaptureFixture[str], toy_clips: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    arguments = ("encode", toy_clips, "--cache", tmp_path / "file", "--preset", "tiny", "--models", tmp_path)
+    models = ("--models", "some/models", "--llm", "some/llm")
+    arguments = ("encode", toy_clips, "--cache", tmp_path / "file", "--preset", "tiny", *models)
     check_error(capfd, 2, "cannot be written", arguments=arguments)
 
 

@@ -154,7 +154,7 @@ def test_a_folder_that_holds_something_else_is_refused(cache: Path, toy_clips: P
         convert(cache, tmp_path / "other")
     with pytest.raises(InputError, match=r"--out .*: is the cache itself"):
         convert(cache, cache)
-    with pytest.raises(InputError, match=r"no plan in this cache"):
+    with pytest.raises(InputError, match=r"no such folder"):
         convert_cache(LocalStorage(tmp_path / "none"), LocalStorage(tmp_path / "new"), "zarr", QUIET)
 
 

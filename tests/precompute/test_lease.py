@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mimir_precompute.lease import Leases, ShardClaims, read_lease, storage_time_s, take_over
+from mimir_precompute.termination import _endings
 from mimir_shared import failpoints
 from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError
@@ -175,6 +176,13 @@ def test_what_nobody_makes_is_not_waited_for(storage: LocalStorage) -> None:
     answers, llm = FeatureFolder(storage, "answers", FINGERPRINT), FeatureFolder(storage, "llm", FINGERPRINT)
     with Leases(storage) as leases, pytest.raises(InputError, match=r"shard 0 has no `answers` yet.*answers,llm"):
         ShardClaims(llm, (0,), leases, needs=[answers]).next()
+
+
+def test_a_worker_that_is_stopped_leaves_no_empty_folder_of_leases(storage: LocalStorage) -> None:
+    with Leases(storage) as leases:
+        assert leases.take(name_of(0))
+        _endings.run()
+        assert not (storage.root / "leases").exists()
 
 
 def test_a_lease_that_was_taken_over_is_not_dropped_by_its_former_owner(storage: LocalStorage) -> None:

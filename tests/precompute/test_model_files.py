@@ -10,7 +10,14 @@ import pytest
 from huggingface_hub import constants, errors
 
 from mimir_precompute.config import ModelSource
-from mimir_precompute.model_files import ModelPart, ResolvedModel, loading_from, refuse_incomplete, resolve_model
+from mimir_precompute.model_files import (
+    ModelPart,
+    ResolvedModel,
+    describe_model,
+    loading_from,
+    refuse_incomplete,
+    resolve_model,
+)
 from mimir_shared.errors import InputError, MachineError
 
 LLM_PARTS: tuple[ModelPart, ...] = ("weights", "tokenizer", "chat_template")
@@ -195,3 +202,9 @@ def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:
         refuse_incomplete(model, ["d", "a", "b", "c"], [])
     with pytest.raises(InputError, match=r"1 of its weights have another shape than config.json says \(a\)"):
         refuse_incomplete(model, [], ["a"])
+
+
+def test_a_model_is_described_so_that_it_can_be_found_again() -> None:
+    local = {"name": "local", "commit": None, "sha256": {"config.json": "c" * 64, "model.safetensors": "a1b2" * 16}}
+    assert describe_model(local) == "the folder in which the sha256 of model.safetensors begins with a1b2a1b2a1b2"
+    assert describe_model({**local, "name": "some/vae", "commit": "f" * 40}) == f"some/vae@{'f' * 40}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mimir_precompute.messages import describe_verification
 from mimir_precompute.verify import VerifyReport, verify_cache
 from mimir_shared.errors import CacheError
 from mimir_shared.storage import LocalStorage
@@ -147,3 +148,16 @@ def test_the_report_for_programs_has_the_promised_fields(good: Path) -> None:
     assert set(report) == {"ok", "shards", "samples", "bytes", "problems"}
     assert (report["ok"], report["shards"], report["samples"]) == (True, 12, 48)
     assert report["bytes"] == sum(path.stat().st_size for path in good.glob("*/*/data/*"))
+
+
+def test_a_cut_file_is_told_in_one_line_with_the_number_of_samples_behind_the_cut(cache: Path) -> None:
+    path = sorted(cache.glob("latents/*/data/**/*.tar"))[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    report = verify_cache(LocalStorage(cache))
+    told = describe_verification("c", report).splitlines()
+    lost = sum(problem.kind == "sample" for problem in report.problems)
+    assert lost > 1
+    assert len(told) == 4
+    assert f"{lost} samples cannot be read" in told[1]
+    assert "run `mimir-precompute verify`" not in "".join(told)
+    assert "mimir-precompute verify c --repair" in told[-1]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mimir_precompute.wording import format_size
+
 _TEMPLATES = Path(__file__).parent
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def render_page(template: Path, values: Mapping[str, object]) -> str:
@@ -24,15 +25,6 @@ def render_page(template: Path, values: Mapping[str, object]) -> str:
     )
     environment.filters |= {"size": format_size, "duration": format_duration, "number": format_number}
     return environment.get_template(template.name).render(values)
-
-
-def format_size(nbytes: float) -> str:
-    """952320 → "952 kB": decimal units, three figures."""
-    size, unit = float(nbytes), 0
-    while round(size) >= 1000 and unit < len(_UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    digits = 0 if unit == 0 or size >= 100 else (1 if size >= 10 else 2)
-    return f"{size:.{digits}f} {_UNITS[unit]}"
 
 
 def format_duration(seconds: float) -> str:
