@@ -119,7 +119,7 @@ class RunLog:
 
     def _describe_device(self) -> str:
         torch: Any = sys.modules.get("torch")  # loaded by the encoder, or not at all
-        if torch is not None and self._device.startswith("cuda"):
+        if torch is not None and self._device.startswith("cuda") and torch.cuda.is_available():
             return f"{self._device} ({torch.cuda.get_device_name(self._device)})"
         return self._device
 

@@ -15,6 +15,7 @@ from mimir_precompute.remake import Remaking
 from mimir_precompute.repair import repair_cache
 from mimir_precompute.retry import RetryChoice, retry_clips
 from mimir_precompute.verify import verify_cache
+from mimir_shared.feature_folder import find_features
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.storage import LocalStorage
@@ -94,6 +95,16 @@ def damaged(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
+def what_readers_get(cache: Path) -> dict[tuple[str, int], tuple[object, ...]]:
+    """(feature, shard) → files and rows of its newest record."""
+    found: dict[tuple[str, int], tuple[object, ...]] = {}
+    for folder in find_features(LocalStorage(cache)):
+        for shard, generation in folder.generations().items():
+            record = folder.read_record(shard, generation)
+            found[folder.feature, shard] = (record.metadata.files, record.samples)
+    return found
+
+
 @pytest.mark.parametrize("remake", [retry, repair])
 def test_twenty_kills_change_nothing(
     request: pytest.FixtureRequest, memory_folder: Path, remake: Callable[..., None]
@@ -116,9 +127,15 @@ def test_twenty_kills_change_nothing(
                 break
             killed += 1
         remake(cache)
+        assert verify_cache(LocalStorage(cache)).problems == []
+        assert what_readers_get(cache) == what_readers_get(undisturbed)
         found = compared(cache)
-        assert found.keys() == expected.keys()
-        assert [name for name in expected if found[name] != expected[name]] == []
+        # Killed between data and record, a repair has put the very file back that the old record names: that record
+        # is true again, and there is nothing left for a next generation to say.
+        restored = remake is repair and found.keys() != expected.keys()
+        assert restored or found.keys() == expected.keys()
+        differing = [name for name in expected.keys() & found.keys() if found[name] != expected[name]]
+        assert [name for name in differing if not name.startswith("snapshots/")] == []
         shutil.rmtree(cache)
         if killed >= KILLS:
             return
