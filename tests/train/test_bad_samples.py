@@ -122,7 +122,9 @@ def test_a_shard_that_is_gone_is_more_than_stand_ins_mend(whole: Path, tmp_path:
         place_of(open_cache(str(root)), number, "latents")[0].unlink(missing_ok=True)
     config = tiny_config(root, tmp_path / "run", data__global_batch_size=4, data__on_bad_sample="substitute",
                          run__max_train_steps=60, run__checkpointing_steps=1)  # fmt: skip
-    with pytest.raises(CacheError, match=r"1\d of \d+ clips could not be read, the last .*data.max_bad_share, 0.01"):
+    with pytest.raises(
+        CacheError, match=r"1\d of \d+ reads of a clip failed.*, the last of .*data.max_bad_share, 0.01"
+    ):
         train(config)
     assert (tmp_path / "run/bad_samples.jsonl").read_text().count("\n") > ALWAYS_ALLOWED
 
@@ -148,6 +150,21 @@ def test_few_bad_clips_of_many_are_borne(whole: Path) -> None:
         assert log.note(step, [0, 0, 0, 0]) == 0
     for step in range(1000, 1030):
         log.note(step, [1, 0, 0, 0])
-    with pytest.raises(CacheError, match=r"step 1030: 42 of 4124 clips could not be read") as caught:
+    with pytest.raises(CacheError, match=r"step 1030: 42 of 4166 reads of a clip failed") as caught:
         log.note(1030, [1, 1, 0, 0])
     assert caught.value.exit_code == 4
+
+
+def test_a_clip_for_which_two_stand_ins_were_tried_counts_as_one_that_was_replaced(whole: Path, tmp_path: Path) -> None:
+    cache = open_cache(str(whole))
+    told: list[str] = []
+    path = tmp_path / "bad_samples.jsonl"
+    log = BadSampleLog(cache, order_of(cache), max_share=0.01, path=path, say=told.append)
+    assert log.note(0, [0, 2, 0, 0]) == 2
+    log.note(1, [0, 0, 0, 1])
+    log.close()
+    assert len(told) == 2  # at the first, and at the end
+    assert told[1] == f"note: 2 of 8 clips could not be read, and others stood in for them; {path} lists them"
+    log = BadSampleLog(cache, order_of(cache), max_share=0.01)
+    with pytest.raises(CacheError, match=r"step 0: 16 of 24 reads of a clip failed, stand-ins' among them"):
+        log.note(0, [2] * 8)

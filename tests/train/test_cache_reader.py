@@ -155,7 +155,7 @@ def test_a_feature_that_the_snapshot_lacks_is_named(tmp_path: Path) -> None:
 def test_clips_planned_later_are_pointed_out(cache_copy: Path) -> None:
     assert newer_plan(open_cache(str(cache_copy))) is None
     shutil.copy(cache_copy / "plan/0000.parquet", cache_copy / "plan/0001.parquet")
-    assert "1 plan file(s) came after" in str(newer_plan(open_cache(str(cache_copy))))
+    assert "1 plan file came after" in str(newer_plan(open_cache(str(cache_copy))))
 
 
 def test_many_more_shards_than_open_files_can_be_read(tmp_path: Path) -> None:

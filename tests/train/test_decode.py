@@ -62,7 +62,9 @@ def test_decoding_again_makes_only_what_is_missing_or_older_than_its_latents(
     (validated_run / "validation" / "step-00000020" / "latents.safetensors").touch()
     capsys.readouterr()
     command("decode", validated_run, "--models", models)
-    assert capsys.readouterr().out == f"{validated_run}: 3 videos made\n"
+    assert capsys.readouterr().out == (
+        f"{validated_run}/validation/step-00000010 to step-00000020: 3 videos made, 1 kept, as 0.mp4 and on\n"
+    )
 
 
 def test_another_vae_is_refused_for_decoding(validated_run: Path, models: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The frozen models behind a checkpoint: encoded as in training, or refused."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_models_that_differ_from_those_of_training_are_refused_by_field(
     with pytest.raises(CacheError, match=said) as caught:
         sample(tmp_path / "run", copy, tmp_path / "out", "--prompt", CAT)
     assert " → " in str(caught.value)
+    assert str(caught.value).startswith(f"{copy / changed.split('/')[0]}: not the models")  # and no other folder
+    assert not re.search("[0-9a-f]{13}", str(caught.value))
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
 

@@ -227,6 +227,10 @@ def test_stand_ins_are_asked_for_by_an_option(
     lines = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} == {f"{VIDEO}-008"}
     assert sorted({line["step"] // 3 for line in lines}) == [0, 1]  # in every epoch
+    path = tmp_path / "run/bad_samples.jsonl"
+    assert f"note: step {lines[0]['step']}: '{VIDEO}-008'" in err  # when it happens first
+    assert err.count("others stand in") == 1
+    assert f"note: 2 of 48 clips could not be read, and others stood in for them; {path} lists them" in err
     code, _, err = call(capfd, "run", *arguments, "--on-bad-sample", "skip")
     assert code == 2
     assert "expected one of error, substitute" in err

@@ -4,7 +4,7 @@ What stands in follows from (seed, epoch, place in the order) alone. So of every
 be told among ranks, how many stand-ins were tried; who they were, every rank works out for itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -74,37 +74,58 @@ class BadSampleLog:
     """Finds, counts and writes down the bad clips of a run. Every rank has one and judges alike; the first writes."""
 
     def __init__(
-        self, cache: Cache, order: TrainingOrder, *, max_share: float, path: Path | None = None, first_step: int = 0
+        self,
+        cache: Cache,
+        order: TrainingOrder,
+        *,
+        max_share: float,
+        path: Path | None = None,
+        first_step: int = 0,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """
         Args:
-            max_share: of all clips read since the process began.
-            path: of bad_samples.jsonl, one object a bad clip; None on ranks that do not write.
+            max_share: of all reads of a clip since the process began, stand-ins among them.
+            path: of bad_samples.jsonl, one object a bad read; None on ranks that do not write.
             first_step: lines of this step and later ones are dropped, for they are trained again.
+            say: told, a line each, of the first clip that is replaced, and at the end how many were.
         """
         self._cache = cache
         self._order = order
         self._max_share = max_share
-        self._bad = 0
-        self._read = 0
+        self._path = path
+        self._say = say
+        self._bad_reads = 0
+        self._reads = 0
+        self._places = 0
+        self._replaced = 0
         self._lines = JsonLines(path, first_step) if path is not None else None
 
     def note(self, step: int, attempts: Sequence[int]) -> int:
         """Write down the bad clips of a step; returns how many. Raises CacheError where there were too many by now."""
-        self._read += len(attempts)
         found = find_bad_samples(self._cache, self._order, step, attempts)
-        self._bad += len(found)
+        self._bad_reads += len(found)
+        self._reads += len(attempts) + len(found)  # each that failed was followed by a stand-in's
         for sample in found:
             if self._lines is not None:
                 self._lines.add(sample.figures())
-        if found and self._bad > max(ALWAYS_ALLOWED, self._max_share * self._read):
+        if found and self._bad_reads > max(ALWAYS_ALLOWED, self._max_share * self._reads):
             raise CacheError(
-                f"step {step}: {self._bad} of {self._read} clips could not be read, the last {found[-1].bad}; that is "
-                f"more than {ALWAYS_ALLOWED} and more than data.max_bad_share, {self._max_share:g}: the cache is "
-                f"damaged, see `mimir-precompute verify {self._cache.storage.root}`"
+                f"step {step}: {self._bad_reads} of {self._reads} reads of a clip failed, stand-ins' among them, the "
+                f"last of {found[-1].bad}; that is more than {ALWAYS_ALLOWED} and more than data.max_bad_share, "
+                f"{self._max_share:g}: the cache is damaged, see `mimir-precompute verify {self._cache.storage.root}`"
             )
+        if found and not self._replaced and self._path is not None:
+            self._say(f"note: step {step}: {found[0].bad} cannot be read; others stand in for such clips, {self._path}")
+        self._places += len(attempts)
+        self._replaced += sum(tried > 0 for tried in attempts)
         return len(found)
 
     def close(self) -> None:
+        if self._replaced and self._path is not None:
+            self._say(
+                f"note: {self._replaced} of {self._places} clips could not be read, and others stood in for them; "
+                f"{self._path} lists them"
+            )
         if self._lines is not None:
             self._lines.close()

@@ -13,6 +13,7 @@ import numpy as np
 
 from mimir_shared.features import FeatureName
 from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
+from mimir_shared.plural import noun_for
 from mimir_shared.snapshot_reader import SnapshotReader, find_snapshot
 from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK, BucketShards, ClipPlace
 
@@ -136,6 +137,7 @@ def newer_plan(cache: Cache) -> str | None:
     if later <= 0:
         return None
     return (
-        f"{cache.storage.root}: {later} plan file(s) came after snapshot {cache.snapshot.digest[:12]}; to train on "
-        f"their clips too: `mimir-precompute encode --cache {cache.storage.root} --shards all`"
+        f"{cache.storage.root}: {later} plan {noun_for(later, 'file')} came after snapshot "
+        f"{cache.snapshot.digest[:12]}; to train on their clips too: "
+        f"`mimir-precompute encode --cache {cache.storage.root} --shards all`"
     )

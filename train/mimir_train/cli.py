@@ -40,7 +40,8 @@ def run(
     = None,
     output_dir: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run: config, metrics, checkpoints.",
                                              show_default=False, rich_help_panel=_RUN)] = ...,  # type: ignore[assignment]
-    preset: Annotated[str | None, typer.Option(help="tiny, cogvideox-2b or cogvideox-5b; not when going on.",
+    preset: Annotated[str | None, typer.Option(help="tiny, cogvideox-2b or cogvideox-5b; a run "
+                                               "that goes on keeps its own.",
                                                show_default=False, rich_help_panel=_SETTINGS)] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings, laid over the preset.", show_default=False,
                                                 rich_help_panel=_SETTINGS)] = None,
@@ -55,8 +56,9 @@ def run(
     validation_shards: ValidationShardsOption = None,
     verify_reads: Annotated[str | None, typer.Option(help="always, first-epoch or never.", show_default=False,
                                                      rich_help_panel=_DATA)] = None,
-    on_bad_sample: Annotated[str | None, typer.Option(help="A clip that cannot be read: error, or substitute another "
-                                                      "(at most 1 %, in RUN/bad_samples.jsonl).", show_default=False,
+    on_bad_sample: Annotated[str | None, typer.Option(help="A clip that cannot be read: error, or substitute another, "
+                                                      "told in RUN/bad_samples.jsonl; at most 10 clips or "
+                                                      "data.max_bad_share of them (1 %).", show_default=False,
                                                       rich_help_panel=_DATA)] = None,
     empty_text: Annotated[str | None, typer.Option(help="What dropped text becomes: zeros or cached (empty prompt).",
                                                    show_default=False, rich_help_panel=_DATA)] = None,
@@ -153,7 +155,7 @@ def run(
     outcome = train(settings, resume_from_checkpoint)
     if outcome.checkpoint is not None:
         echo(f"{outcome.checkpoint}: after {outcome.steps_done} steps")
-    elif not outcome.stopped_by_signal:
+    elif outcome.is_first and outcome.steps_trained == 0:
         echo(f"{output_dir}: {outcome.steps_done} steps were trained already; nothing to do")
     if outcome.stopped_by_signal:
         raise typer.Exit(143)

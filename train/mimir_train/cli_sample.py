@@ -9,6 +9,7 @@ import typer
 
 from mimir_shared.command_line import echo
 from mimir_shared.errors import InputError
+from mimir_shared.plural import noun_for
 from mimir_train.sampling_choices import EXPORT_DTYPES, GUIDANCES, SAMPLE_DTYPES, SCHEDULERS, Guidance
 
 _WHAT = "What is sampled"
@@ -117,7 +118,10 @@ def sample(
             progress.say(f"note: {prompt_list.duplicates} prompts stand there twice; each is sampled once")
         outcome = sample_videos(request, progress)
     kept = f", {outcome.kept} kept" if outcome.kept else ""
-    echo(f"{output_dir}: {outcome.made} videos made{kept}; {outcome.sheet.name} shows {outcome.sheet_rows} of them")
+    echo(
+        f"{output_dir}: {outcome.made} {noun_for(outcome.made, 'video')} made{kept}; "
+        f"{outcome.sheet.name} shows {outcome.sheet_rows} of them"
+    )
 
 
 def export(
@@ -151,8 +155,10 @@ def decode(
     from mimir_train.frozen_models import ModelLocations
 
     with ConsoleProgress() as progress:
-        made = decode_validation(run, ModelLocations(models=models, vae=vae), device, progress)
-    echo(f"{run}: {made} videos made")
+        decoded = decode_validation(run, ModelLocations(models=models, vae=vae), device, progress)
+    kept = f", {decoded.kept} kept" if decoded.kept else ""
+    steps = "" if len(decoded.folders) == 1 else f" to {decoded.folders[-1].name}"
+    echo(f"{decoded.folders[0]}{steps}: {decoded.made} {noun_for(decoded.made, 'video')} made{kept}, as 0.mp4 and on")
 
 
 def _choice(option: str, value: str, choices: Sequence[T]) -> T:

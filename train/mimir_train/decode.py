@@ -6,9 +6,11 @@ RUN/validation/step-00000020/0.mp4, 1.mp4, …       written here, and contact_s
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_shared.errors import InputError
+from mimir_shared.plural import noun_for
 from mimir_shared.storage import machine_faults
 from mimir_train.contact_sheet import MAX_ROWS, SheetRow, write_contact_sheet
 from mimir_train.frozen_models import FrozenModels, ModelLocations, Progress, choose_device, write_video
@@ -22,23 +24,33 @@ from mimir_train.validation_latents import (
 from mimir_train.video_check import read_video
 
 
-def decode_validation(run: Path, locations: ModelLocations, device: str, progress: Progress) -> int:
+@dataclass(frozen=True, kw_only=True)
+class DecodedVideos:
+    """What `decode_validation` made, and where it lies."""
+
+    folders: tuple[Path, ...]
+    """Of the validation steps, by step; never none."""
+    made: int
+    kept: int
+
+
+def decode_validation(run: Path, locations: ModelLocations, device: str, progress: Progress) -> DecodedVideos:
     """Decode every validation step of a run; videos that are newer than their latents, and play, are kept.
 
-    Returns: how many videos were made.
     Raises: InputError where there are no latents, CacheError where they are damaged or another VAE made them.
     """
     device = choose_device(device)
     folders = _find_folders(run)
     found = [(folder, read_validation_latents(folder)) for folder in folders]
-    progress.start("videos decoded", sum(len(latents.prompts) for _, latents in found))
+    total = sum(len(latents.prompts) for _, latents in found)
+    progress.start(f"{noun_for(total, 'video')} decoded", total)
     made = 0
     # a run has one cache, so one VAE; a folder of another is refused when it is reached
     for identity in {latents.latents_fingerprint: latents.latents_identity for _, latents in found}.values():
         frozen = FrozenModels({"latents": identity}, ("latents",), locations, device)
         same = [(folder, latents) for folder, latents in found if latents.latents_identity == identity]
         made += _decode_with(frozen, same, progress)
-    return made
+    return DecodedVideos(folders=tuple(folders), made=made, kept=total - made)
 
 
 def _find_folders(run: Path) -> list[Path]:

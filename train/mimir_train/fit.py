@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from mimir_shared.errors import CacheError, InputError
+from mimir_shared.plural import noun_for
 from mimir_train.batch import FeatureLayout, find_layout
 from mimir_train.cache_reader import Cache
 from mimir_train.config import SCRATCH, ModelConfig, TrainConfig
@@ -173,10 +174,11 @@ def describe_fit(fitted: FittedRun, cache: Cache) -> list[str]:
     """What a person should know before the run: one line each."""
     model = fitted.config.model
     source = "from scratch" if model.init_from == SCRATCH else f"from {model.init_from}"
-    held_out = f"shards {', '.join(map(str, fitted.held_out))} held out for validation"
+    shards = noun_for(len(fitted.held_out), "shard")
+    held_out = f"{shards} {', '.join(map(str, fitted.held_out))} held out for validation"
     return [
-        f"snapshot {cache.snapshot.digest[:12]}: {len(cache)} clips in {cache.num_shards} shards, "
-        f"{held_out if fitted.held_out else 'no shard held out for validation'}",
+        f"snapshot {cache.snapshot.digest[:12]}: {len(cache)} clips in {cache.num_shards} "
+        f"{noun_for(cache.num_shards, 'shard')}, {held_out if fitted.held_out else 'no shard held out for validation'}",
         f"transformer {source}: {model.transformer.num_layers} layers, {model.transformer.width} wide; "
         f"fuser {model.fuser}; latents scaled by {model.latent_scaling_factor:g}",
     ]

@@ -4,11 +4,12 @@ The only module of stage two that reaches into stage one: sampling must encode a
 captions were encoded that the model was trained on, by the same code, and so it does. The training loop never does.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -32,6 +33,7 @@ from mimir_precompute.inspect_clip import write_video
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.fingerprint import differences
+from mimir_shared.plural import noun_for
 from mimir_train.batch import collate_text
 from mimir_train.config import TextAlign
 from mimir_train.objective import TextFeatures
@@ -52,6 +54,9 @@ answers and hidden states are transformers' own, one prompt at a time, whichever
 
 MODEL_NAMES = ("name", "subfolder", "commit")
 """What a model is called; its files' digests decide, so that a copy in a folder is the model of the hub."""
+
+_DIGEST: Final = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+"""Told by its first 12 digits, alone or within a list."""
 
 __all__ = ["FrozenModels", "Identities", "ModelLocations", "Progress", "choose_device", "write_video"]
 
@@ -172,7 +177,7 @@ class FrozenModels:
         # of several answers the first is read, the greedy one; the others need not be made
         settings = replace(self._settings, answers=replace(self._settings.answers, variants=1))
         encoded: dict[str, Encoded] = {}
-        progress.start(f"texts through {feature}", len(texts))
+        progress.start(f"{noun_for(len(texts), 'text')} through {feature}", len(texts))
         with self._loaded(feature, settings) as encoder:
             for text in texts:
                 document = answers[text].document if text in answers else None
@@ -194,6 +199,7 @@ class FrozenModels:
 
     def _refuse_other_models(self) -> None:
         problems: list[str] = []
+        differing: set[str] = set()
         for feature in self._features:
             current = feature_identity(
                 feature,
@@ -205,13 +211,15 @@ class FrozenModels:
             )
             left_out = NOT_COMPARED.get(feature, ())
             old, new = _without_names(self._recorded[feature], left_out), _without_names(current, left_out)
-            problems += [f"{feature} {field}: {_short(a)} → {_short(b)}" for field, a, b in differences(old, new)]
+            found = [f"{feature} {field}: {_short(a)} → {_short(b)}" for field, a, b in differences(old, new)]
+            if found:
+                problems += found
+                differing.add(str(self._models[feature].model.folder))
         if problems:
             shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-            folders = ", ".join(sorted({str(models.model.folder) for models in self._models.values()}))
             raise CacheError(
-                f"{folders}: not the models that the checkpoint was trained with: {shown} (recorded → found); "
-                f"give those that made its cache"
+                f"{', '.join(sorted(differing))}: not the models that the checkpoint was trained with: {shown} "
+                f"(recorded → found); give those that made its cache"
             )
 
 
@@ -308,6 +316,5 @@ def _without_names(identity: Mapping[str, JsonValue], left_out: Sequence[str]) -
 
 
 def _short(value: JsonValue) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    is_digest = len(text) == 64 and all(digit in "0123456789abcdef" for digit in text)
-    return text[:12] if is_digest else text if len(text) <= 60 else text[:57] + "..."
+    text = _DIGEST.sub(r"\1", value if isinstance(value, str) else repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."

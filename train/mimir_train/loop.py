@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,7 +50,11 @@ class TrainOutcome:
     """Of the whole training."""
     checkpoint: Path | None
     """Written last; None where there was nothing left to train."""
+    steps_trained: int
+    """In this call."""
     stopped_by_signal: bool
+    is_first: bool
+    """Whether this is the rank that speaks."""
 
 
 def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
@@ -63,7 +67,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
     """
     with start_parallel(config.run.device) as parallel, catch_sigterm() as stop:
         console = Console(stderr=True, highlight=False, quiet=not parallel.is_first)
-        run = open_run(config, resume, lambda line: console.print(line, soft_wrap=True))
+        say = partial(console.print, markup=False, soft_wrap=True)
+        run = open_run(config, resume, say)
         data = config.data
         cache = open_cache(
             data.cache, data.features, snapshot=data.snapshot, local_cache_dir=data.local_cache_dir,
@@ -79,8 +84,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
         if parallel.is_first:
             run.write_config(fitted.config)
 
-        checkpoint = None
-        with closing(open_bad_samples(trainer, run, first_step)) as bad_samples, open_metrics(
+        checkpoint, steps_done, stopped = None, first_step, False
+        with closing(open_bad_samples(trainer, run, first_step, say)) as bad_samples, open_metrics(
             run.path, config.run.report_to, console, first_step=first_step, last_step=last_step,
             is_first=parallel.is_first,
         ) as sinks:  # fmt: skip
@@ -116,11 +121,15 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 for sink in sinks:
                     sink.add(figures)
 
-                if report.stop_requested or is_due(steps_done, config.run.checkpointing_steps, last_step):
+                stopped = report.stop_requested
+                if stopped or is_due(steps_done, config.run.checkpointing_steps, last_step):
                     checkpoint = save(trainer, run, steps_done)
-                if report.stop_requested:
-                    return TrainOutcome(steps_done=steps_done, checkpoint=checkpoint, stopped_by_signal=True)
-    return TrainOutcome(steps_done=max(first_step, last_step), checkpoint=checkpoint, stopped_by_signal=False)
+                if stopped:
+                    break
+        return TrainOutcome(
+            steps_done=steps_done, checkpoint=checkpoint, steps_trained=steps_done - first_step,
+            stopped_by_signal=stopped, is_first=parallel.is_first,
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -204,12 +213,14 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, paralle
     )
 
 
-def open_bad_samples(trainer: Trainer, run: RunFolder, first_step: int) -> BadSampleLog:
+def open_bad_samples(trainer: Trainer, run: RunFolder, first_step: int, say: Callable[[str], None]) -> BadSampleLog:
     """Where clips that could not be read are written down; the file is there only if others may stand in."""
     data = trainer.fitted.config.data
     writes = trainer.parallel.is_first and data.on_bad_sample == "substitute"
     path = run.path / BAD_SAMPLES_NAME if writes else None
-    return BadSampleLog(trainer.cache, trainer.order, max_share=data.max_bad_share, path=path, first_step=first_step)
+    return BadSampleLog(
+        trainer.cache, trainer.order, max_share=data.max_bad_share, path=path, first_step=first_step, say=say
+    )
 
 
 def build_transformer(fitted: FittedRun) -> DiT:

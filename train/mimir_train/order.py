@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Final
 
 from mimir_shared.errors import InputError
+from mimir_shared.plural import noun_for
 
 SCHEME: Final = 1
 """Raised when the order changes for equal settings: a checkpoint of another scheme cannot go on."""
@@ -211,8 +212,8 @@ class TrainingOrder:
         """What a person should know of the order before it is trained: one line each."""
         clips = sum(bucket.num_clips for bucket in self.buckets)
         lines = [
-            f"{clips} clips in {len(self.buckets)} bucket(s), {self.steps_per_epoch} steps of "
-            f"{self.global_batch_size} an epoch"
+            f"{clips} clips in {len(self.buckets)} {noun_for(len(self.buckets), 'bucket')}, "
+            f"{self.steps_per_epoch} steps of {self.global_batch_size} an epoch"
         ]
         for name, count in self.dropped.items():
             if count:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError, MachineError
+from mimir_shared.plural import noun_for
 from mimir_shared.prompt_list import PromptList
 from mimir_train.contact_sheet import MAX_ROWS, SheetRow, write_contact_sheet
 from mimir_train.frozen_models import FrozenModels, ModelLocations, Progress, choose_device
@@ -251,7 +252,7 @@ def _decode(
     """Turn latents into videos; those of a video that is written are removed."""
     if not videos:
         return
-    progress.start("videos decoded", len(videos))
+    progress.start(f"{noun_for(len(videos), 'video')} decoded", len(videos))
     with frozen.decoder(checkpoint.info.data.latent_scaling_factor) as decode:
         for video in videos:
             latents = folder.read_latents(video, latent_shape)
