@@ -18,10 +18,10 @@ from mimir_precompute.retry import RetryOutcome
 from mimir_precompute.stats import CacheStatistics
 from mimir_precompute.status import CacheStatus
 from mimir_precompute.verify import Problem, VerifyReport
-from mimir_precompute.wording import counted, format_size
 from mimir_precompute.workers import SeenWorker
 from mimir_shared.features import FEATURES
 from mimir_shared.snapshot import Snapshot
+from mimir_shared.wording import counted, format_size
 
 _LEDGER_LINES = 50
 

@@ -59,8 +59,3 @@ def describe_duration(seconds: float) -> str:
         return f"{hours} h {minutes:02d} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h"
-
-
-def describe_bytes(count: int) -> str:
-    """ "3.4 MB", "1.25 GB"."""
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

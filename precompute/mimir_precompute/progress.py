@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from mimir_precompute.pace import RecentRate, describe_bytes, describe_duration, rate_together, time_left_s
+from mimir_precompute.pace import RecentRate, describe_duration, rate_together, time_left_s
 from mimir_precompute.termination import when_stopped
-from mimir_precompute.wording import counted
 from mimir_precompute.workers import (
     BEAT_S,
     SeenWorker,
@@ -32,6 +31,7 @@ from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FeatureName
 from mimir_shared.redaction import hide_secrets
 from mimir_shared.storage import LocalStorage
+from mimir_shared.wording import counted, format_size
 
 _LINE_EVERY_S = 10.0
 _BAR_EVERY_S = 0.5
@@ -151,7 +151,7 @@ class Progress:
         elapsed_s = self._clock() - started_s
         counts = self._counts
         self._console.print(
-            f"{feature}: {counts.clips} clips in {elapsed_s:.1f} s, {describe_bytes(counts.nbytes)}, "
+            f"{feature}: {counts.clips} clips in {elapsed_s:.1f} s, {format_size(counts.nbytes)}, "
             f"{counts.quarantined} quarantined"
         )
 
@@ -281,7 +281,7 @@ class Progress:
         parts = ["… clips/s" if rate is None else f"{rate:.1f} clips/s"]
         if together.workers > 1:
             parts[0] += f" by {together.workers} workers"
-        parts += [describe_bytes(together.nbytes), f"{together.quarantined} quarantined"]
+        parts += [format_size(together.nbytes), f"{together.quarantined} quarantined"]
         left_s = time_left_s(self._total - together.clips, rate)
         if left_s is not None:
             parts.append(f"{describe_duration(left_s)} left")

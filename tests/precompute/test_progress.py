@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mimir_precompute import workers
 from mimir_precompute.messages import describe_status
-from mimir_precompute.pace import RecentRate, describe_bytes, describe_duration, rate_together, time_left_s
+from mimir_precompute.pace import RecentRate, describe_duration, rate_together, time_left_s
 from mimir_precompute.progress import Progress, SharedWork
 from mimir_precompute.status import CacheStatus, FeatureStatus, add_pace
 from mimir_precompute.workers import SeenWorker, WorkerFile, WorkerReport, forget_dead_workers, read_workers
@@ -103,7 +103,6 @@ def test_time_left_follows_from_clips_and_rates_and_is_unknown_without_one() -> 
     assert rate_together([None]) is None
     told = [describe_duration(s) for s in (0.4, 45, 600, 11_100, 187_200)]
     assert told == ["0 s", "45 s", "10 min", "3 h 05 min", "2 d 4 h"]
-    assert [describe_bytes(count) for count in (0, 999_000_000, 1_250_000_000)] == ["0.0 MB", "999.0 MB", "1.25 GB"]
 
 
 def test_alone_the_view_counts_clips_bytes_and_quarantined_and_says_how_long_still(tmp_path: Path) -> None:

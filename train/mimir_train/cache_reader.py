@@ -13,8 +13,8 @@ import numpy as np
 
 from mimir_shared.features import FeatureName
 from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
-from mimir_shared.plural import noun_for
 from mimir_shared.snapshot_reader import SnapshotReader, find_snapshot
+from mimir_shared.wording import noun_for
 from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK, BucketShards, ClipPlace
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import typer
 
 from mimir_shared.command_line import echo
 from mimir_shared.errors import InputError
-from mimir_shared.plural import noun_for
+from mimir_shared.wording import noun_for
 from mimir_train.sampling_choices import EXPORT_DTYPES, GUIDANCES, SAMPLE_DTYPES, SCHEDULERS, Guidance
 
 _WHAT = "What is sampled"

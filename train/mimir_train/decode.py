@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_shared.errors import InputError
-from mimir_shared.plural import noun_for
 from mimir_shared.storage import machine_faults
+from mimir_shared.wording import noun_for
 from mimir_train.contact_sheet import MAX_ROWS, SheetRow, write_contact_sheet
 from mimir_train.frozen_models import FrozenModels, ModelLocations, Progress, choose_device, write_video
 from mimir_train.validation_latents import (

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from mimir_shared.errors import CacheError, InputError
-from mimir_shared.plural import noun_for
+from mimir_shared.wording import noun_for
 from mimir_train.batch import FeatureLayout, find_layout
 from mimir_train.cache_reader import Cache
 from mimir_train.config import SCRATCH, ModelConfig, TrainConfig

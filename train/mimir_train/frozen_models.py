@@ -33,7 +33,7 @@ from mimir_precompute.inspect_clip import write_video
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.fingerprint import differences
-from mimir_shared.plural import noun_for
+from mimir_shared.wording import noun_for
 from mimir_train.batch import collate_text
 from mimir_train.config import TextAlign
 from mimir_train.objective import TextFeatures

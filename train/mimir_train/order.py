@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Final
 
 from mimir_shared.errors import InputError
-from mimir_shared.plural import noun_for
+from mimir_shared.wording import noun_for
 
 SCHEME: Final = 1
 """Raised when the order changes for equal settings: a checkpoint of another scheme cannot go on."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError, MachineError
-from mimir_shared.plural import noun_for
 from mimir_shared.prompt_list import PromptList
+from mimir_shared.wording import noun_for
 from mimir_train.contact_sheet import MAX_ROWS, SheetRow, write_contact_sheet
 from mimir_train.frozen_models import FrozenModels, ModelLocations, Progress, choose_device
 from mimir_train.model.fuser import TokenFuser

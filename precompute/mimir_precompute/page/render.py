@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mimir_precompute.wording import format_size
+from mimir_shared.wording import format_size
 
 _TEMPLATES = Path(__file__).parent
 

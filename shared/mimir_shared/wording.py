@@ -3,9 +3,14 @@
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
+def noun_for(count: int, singular: str) -> str:
+    """The noun with an s, but for one."""
+    return singular if count == 1 else f"{singular}s"
+
+
 def counted(number: int, noun: str) -> str:
     """(1, "shard") → "1 shard", (3, "shard") → "3 shards"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun_for(number, noun)}"
 
 
 def format_size(nbytes: float) -> str:
