@@ -79,10 +79,11 @@ def _nobody_waits(cache: Path) -> Iterator[None]:
 
 
 class _FirstWorker:
-    """Stops behind its n-th new name; there another worker encodes all the rest, and then the power is cut."""
+    """Stops behind its n-th new name of a kind; there another worker encodes the rest, and then the power is cut."""
 
-    def __init__(self, cache: Path, left: Path, clips: Path, countdown: int) -> None:
+    def __init__(self, cache: Path, left: Path, clips: Path, countdown: int, kind: str = "") -> None:
         self.stopped_behind: str | None = None
+        self._kind = kind
         self._cache = cache
         self._left = left
         self._clips = clips
@@ -94,7 +95,7 @@ class _FirstWorker:
             encode(self._cache, self._clips, disk=self._disk)
 
     def _passed(self, name: str) -> None:
-        if self.stopped_behind is not None:
+        if self.stopped_behind is not None or self._kind not in name:
             return
         self._countdown -= 1
         if self._countdown < 0:
@@ -108,22 +109,25 @@ class _FirstWorker:
 def test_what_a_worker_builds_upon_is_durable_though_its_author_never_came_to_the_fsync(
     world: World, memory_folder: Path
 ) -> None:
-    stopped_behind: list[str] = []
-    while True:
+    def stop_behind(countdown: int, kind: str = "") -> str | None:
         cache, left = memory_folder / "cache", memory_folder / "left"
-        first = _FirstWorker(cache, left, world.clips, countdown=len(stopped_behind))
+        first = _FirstWorker(cache, left, world.clips, countdown, kind)
         first.run()
-        if first.stopped_behind is None:
-            break
-        assert_same_cache(left, world.uninterrupted)
-        stopped_behind.append(first.stopped_behind)
+        if first.stopped_behind is not None:
+            assert_same_cache(left, world.uninterrupted)
+            shutil.rmtree(left)
         shutil.rmtree(cache)
-        shutil.rmtree(left)
-    # threads take turns in another order each time, so that a name may be missed or met twice, but never a kind
-    published = set(world.uninterrupted) & set(stopped_behind)
+        return first.stopped_behind
+
+    stopped_behind: list[str] = []
+    while (name := stop_behind(len(stopped_behind))) is not None:
+        stopped_behind.append(name)
+    # threads take turns in another order each time, so that counting may miss a name or meet it twice
     for kind in ("plan/", "spec.json", "empty.", "data/", "manifests/", "index.arrow", "snapshot.json"):
-        assert any(kind in name for name in published), f"the first worker never stopped behind {kind}"
-    assert len(set(stopped_behind) - published) > 8, "not one new folder was stopped behind"
+        stopped_behind.append(stop_behind(0, kind) or "")
+        assert kind in stopped_behind[-1], f"the first worker never stopped behind {kind}"
+    folders = set(stopped_behind) - set(world.uninterrupted)
+    assert len(folders) > 8, f"too few new folders were stopped behind: {folders}"
 
 
 @pytest.mark.parametrize("forgotten", ["sync", "sync_folder"])
