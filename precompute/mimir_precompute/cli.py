@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from mimir_precompute import cli_cache, cli_remake, cli_volatility
+from mimir_precompute.cli_models import with_model_options
 from mimir_precompute.cli_options import (
     WHAT,
     WHERE,
     AcceptQuarantineOption,
-    AnswerVariantsOption,
     BucketOption,
     Cache,
     CaptionKeyOption,
@@ -18,34 +18,18 @@ from mimir_precompute.cli_options import (
     DecodeMemoryOption,
     DecodeTimeoutOption,
     DecodeWorkersOption,
-    DeviceOption,
-    DtypeOption,
     FpsOption,
-    InstructionPoolingOption,
-    InstructionsOption,
     Json,
-    LatentsOption,
     LimitOption,
-    LlmEngineOption,
-    LlmHiddenEngineOption,
-    LlmLayerOption,
-    LlmMemoryShareOption,
-    LlmOption,
-    LlmTensorParallelOption,
     MaxQuarantinedOption,
-    ModelsOption,
     PresetOption,
     RemovalsOption,
     SeedOption,
     ShardSizeOption,
-    T5Option,
-    T5RowsOption,
-    VaeEngineOption,
-    VaeOption,
-    VaeTilingOption,
     VideoKeyOption,
     plan_request,
 )
+from mimir_precompute.config import ModelOptions
 from mimir_shared.command_line import echo, make_app, run_app
 
 app = make_app(
@@ -100,6 +84,7 @@ def plan(
 
 
 @app.command()
+@with_model_options
 def encode(
     cache: Cache,
     clips: Annotated[str | None, typer.Argument(help="As for `plan`; without it the cache's plan is taken as it is.",
@@ -117,27 +102,10 @@ def encode(
     video_key: VideoKeyOption = "file_name",
     caption_key: CaptionKeyOption = "text",
     accept_removals: RemovalsOption = False,
-    models: ModelsOption = None,
-    vae: VaeOption = None,
-    t5: T5Option = None,
-    llm: LlmOption = None,
-    dtype: DtypeOption = None,
-    latents: LatentsOption = "moments",
-    vae_tiling: VaeTilingOption = False,
-    vae_engine: VaeEngineOption = "fast",
-    t5_rows: T5RowsOption = "all",
-    answer_variants: AnswerVariantsOption = 1,
-    llm_engine: LlmEngineOption = "auto",
-    llm_hidden_engine: LlmHiddenEngineOption = "transformers",
-    llm_tensor_parallel: LlmTensorParallelOption = 1,
-    llm_memory_share: LlmMemoryShareOption = 0.9,
-    instructions: InstructionsOption = None,
-    llm_layer: LlmLayerOption = "last",
-    instruction_pooling: InstructionPoolingOption = "mean",
+    models: ModelOptions = ...,  # type: ignore[assignment]  # every option of cli_models.py
     output_format: Annotated[str | None, typer.Option("--format", help="webdataset or zarr; default: what the cache "
                                                       "has, webdataset for a new one.", rich_help_panel=WHERE,
                                                       show_default=False)] = None,
-    device: DeviceOption = "auto",
     decode_workers: DecodeWorkersOption = 2,
     decode_timeout_s: DecodeTimeoutOption = 60,
     decode_memory_gb: DecodeMemoryOption = 4,
@@ -150,7 +118,6 @@ def encode(
     from mimir_precompute.commands import EncodeRequest, run_encode
     from mimir_precompute.config import DecodeLimits
     from mimir_precompute.messages import describe_outcome
-    from mimir_precompute.model_options import ModelOptions
 
     request = EncodeRequest(
         clips=clips,
@@ -161,26 +128,7 @@ def encode(
         limit=limit,
         video_key=video_key,
         caption_key=caption_key,
-        models=ModelOptions(
-            models=models,
-            vae=vae,
-            t5=t5,
-            llm=llm,
-            dtype=dtype,
-            stored_latents=latents,
-            vae_tiling=vae_tiling,
-            vae_engine=vae_engine,
-            t5_rows=t5_rows,
-            answer_variants=answer_variants,
-            llm_engine=llm_engine,
-            llm_hidden_engine=llm_hidden_engine,
-            llm_tensor_parallel=llm_tensor_parallel,
-            llm_memory_share=llm_memory_share,
-            instructions=instructions,
-            llm_layer=llm_layer,
-            instruction_pooling=instruction_pooling,
-            device=device,
-        ),
+        models=models,
         output_format=output_format,
         decode_workers=decode_workers,
         decode_limits=DecodeLimits(timeout_s=decode_timeout_s, memory_gb=decode_memory_gb),

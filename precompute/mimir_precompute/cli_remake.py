@@ -8,35 +8,19 @@ from typing import Annotated
 
 import typer
 
+from mimir_precompute.cli_models import with_model_options
 from mimir_precompute.cli_options import (
     WHAT,
     AcceptQuarantineOption,
-    AnswerVariantsOption,
     CacheArgument,
     DecodeMemoryOption,
     DecodeTimeoutOption,
     DecodeWorkersOption,
-    DeviceOption,
-    DtypeOption,
-    InstructionPoolingOption,
-    InstructionsOption,
     Json,
-    LatentsOption,
-    LlmEngineOption,
-    LlmHiddenEngineOption,
-    LlmLayerOption,
-    LlmMemoryShareOption,
-    LlmOption,
-    LlmTensorParallelOption,
     MaxQuarantinedOption,
-    ModelsOption,
     ReadableCache,
-    T5Option,
-    T5RowsOption,
-    VaeEngineOption,
-    VaeOption,
-    VaeTilingOption,
 )
+from mimir_precompute.config import ModelOptions
 from mimir_shared.command_line import echo
 
 
@@ -46,29 +30,13 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(command)
 
 
+@with_model_options
 def verify(
     cache: ReadableCache,
     repair: Annotated[bool, typer.Option("--repair", help="Encode what is damaged again, as the next generation of its "
                                          "shards, with the models and settings that made the cache; copy the rest.")]
     = False,
-    models: ModelsOption = None,
-    vae: VaeOption = None,
-    t5: T5Option = None,
-    llm: LlmOption = None,
-    dtype: DtypeOption = None,
-    latents: LatentsOption = "moments",
-    vae_tiling: VaeTilingOption = False,
-    vae_engine: VaeEngineOption = "fast",
-    t5_rows: T5RowsOption = "all",
-    answer_variants: AnswerVariantsOption = 1,
-    llm_engine: LlmEngineOption = "auto",
-    llm_hidden_engine: LlmHiddenEngineOption = "transformers",
-    llm_tensor_parallel: LlmTensorParallelOption = 1,
-    llm_memory_share: LlmMemoryShareOption = 0.9,
-    instructions: InstructionsOption = None,
-    llm_layer: LlmLayerOption = "last",
-    instruction_pooling: InstructionPoolingOption = "mean",
-    device: DeviceOption = "auto",
+    models: ModelOptions = ...,  # type: ignore[assignment]  # every option of cli_models.py
     decode_workers: DecodeWorkersOption = 2,
     decode_timeout_s: DecodeTimeoutOption = 60,
     decode_memory_gb: DecodeMemoryOption = 4,
@@ -80,30 +48,10 @@ def verify(
     from mimir_precompute.commands_remake import RemakeRequest, run_verify
     from mimir_precompute.config import DecodeLimits
     from mimir_precompute.messages import describe_repair, describe_verification
-    from mimir_precompute.model_options import ModelOptions
 
     request = RemakeRequest(
         cache=cache,
-        models=ModelOptions(
-            models=models,
-            vae=vae,
-            t5=t5,
-            llm=llm,
-            dtype=dtype,
-            stored_latents=latents,
-            vae_tiling=vae_tiling,
-            vae_engine=vae_engine,
-            t5_rows=t5_rows,
-            answer_variants=answer_variants,
-            llm_engine=llm_engine,
-            llm_hidden_engine=llm_hidden_engine,
-            llm_tensor_parallel=llm_tensor_parallel,
-            llm_memory_share=llm_memory_share,
-            instructions=instructions,
-            llm_layer=llm_layer,
-            instruction_pooling=instruction_pooling,
-            device=device,
-        ),
+        models=models,
         decode_workers=decode_workers,
         decode_limits=DecodeLimits(timeout_s=decode_timeout_s, memory_gb=decode_memory_gb),
         max_quarantined=max_quarantined,
@@ -118,6 +66,7 @@ def verify(
         raise typer.Exit(4)
 
 
+@with_model_options
 def retry(
     cache: CacheArgument,
     reason: Annotated[str | None, typer.Option(help="Of these reasons alone, e.g. timeout,missing; default: all.",
@@ -128,24 +77,7 @@ def retry(
                                                   show_default=False)] = None,
     features: Annotated[str, typer.Option(help="Of these features.", rich_help_panel=WHAT)]
     = "latents,t5,answers,llm",
-    models: ModelsOption = None,
-    vae: VaeOption = None,
-    t5: T5Option = None,
-    llm: LlmOption = None,
-    dtype: DtypeOption = None,
-    latents: LatentsOption = "moments",
-    vae_tiling: VaeTilingOption = False,
-    vae_engine: VaeEngineOption = "fast",
-    t5_rows: T5RowsOption = "all",
-    answer_variants: AnswerVariantsOption = 1,
-    llm_engine: LlmEngineOption = "auto",
-    llm_hidden_engine: LlmHiddenEngineOption = "transformers",
-    llm_tensor_parallel: LlmTensorParallelOption = 1,
-    llm_memory_share: LlmMemoryShareOption = 0.9,
-    instructions: InstructionsOption = None,
-    llm_layer: LlmLayerOption = "last",
-    instruction_pooling: InstructionPoolingOption = "mean",
-    device: DeviceOption = "auto",
+    models: ModelOptions = ...,  # type: ignore[assignment]  # every option of cli_models.py
     decode_workers: DecodeWorkersOption = 2,
     decode_timeout_s: DecodeTimeoutOption = 60,
     decode_memory_gb: DecodeMemoryOption = 4,
@@ -156,32 +88,12 @@ def retry(
     from mimir_precompute.commands_remake import RemakeRequest, run_retry
     from mimir_precompute.config import DecodeLimits
     from mimir_precompute.messages import describe_retry
-    from mimir_precompute.model_options import ModelOptions
     from mimir_precompute.retry import parse_choice
 
     choice = parse_choice(reason, stage, key or [], features)
     request = RemakeRequest(
         cache=cache,
-        models=ModelOptions(
-            models=models,
-            vae=vae,
-            t5=t5,
-            llm=llm,
-            dtype=dtype,
-            stored_latents=latents,
-            vae_tiling=vae_tiling,
-            vae_engine=vae_engine,
-            t5_rows=t5_rows,
-            answer_variants=answer_variants,
-            llm_engine=llm_engine,
-            llm_hidden_engine=llm_hidden_engine,
-            llm_tensor_parallel=llm_tensor_parallel,
-            llm_memory_share=llm_memory_share,
-            instructions=instructions,
-            llm_layer=llm_layer,
-            instruction_pooling=instruction_pooling,
-            device=device,
-        ),
+        models=models,
         decode_workers=decode_workers,
         decode_limits=DecodeLimits(timeout_s=decode_timeout_s, memory_gb=decode_memory_gb),
         max_quarantined=max_quarantined,

@@ -51,7 +51,7 @@ def volatility(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Ask the LLM the same again and again, and show how far its answers and states differ (the paper's figure 7)."""
-    from mimir_precompute.model_options import ModelOptions
+    from mimir_precompute.config import ModelOptions
     from mimir_precompute.volatility.command import VolatilityRequest, run_volatility
 
     numbers = run_volatility(

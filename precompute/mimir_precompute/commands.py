@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mimir_precompute.clip_list import read_clip_list
-from mimir_precompute.config import DecodeLimits
+from mimir_precompute.config import DecodeLimits, ModelOptions
 from mimir_precompute.device import choose_device
 from mimir_precompute.messages import describe_plan
 from mimir_precompute.model_files import refuse_missing_folder
-from mimir_precompute.model_options import ModelOptions, encode_settings, model_source
+from mimir_precompute.model_options import encode_settings, model_source
 from mimir_precompute.option_values import (
     parse_choice,
     parse_feature_choices,

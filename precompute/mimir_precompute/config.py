@@ -213,6 +213,31 @@ class LlmSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The options about models that `encode` and all that encodes again take, as typed."""
+
+    models: str | None = None
+    vae: str | None = None
+    t5: str | None = None
+    llm: str | None = None
+    dtype: str | None = None
+    stored_latents: str = "moments"
+    vae_tiling: bool = False
+    vae_engine: str = "fast"
+    t5_rows: str = "all"
+    answer_variants: int = 1
+    llm_engine: str = "auto"
+    llm_hidden_engine: str = "transformers"
+    llm_tensor_parallel: int = 1
+    llm_memory_share: float = 0.9
+    instructions: str | None = None
+    """A YAML file; None: the four of the project."""
+    llm_layer: str = "last"
+    instruction_pooling: str = "mean"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
     """Every encoder's settings; each feature reads its own."""
 

@@ -1,7 +1,6 @@
 """Which models a command loads and what they are to do: from the options, as typed, to every encoder's settings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,6 +13,7 @@ from mimir_precompute.config import (
     LlmEngineName,
     LlmLayer,
     LlmSettings,
+    ModelOptions,
     ModelSource,
     StoredLatents,
     T5Settings,
@@ -28,31 +28,6 @@ from mimir_precompute.option_values import parse_choice
 from mimir_precompute.presets import PRESETS, Preset
 from mimir_shared.errors import InputError
 from mimir_shared.features import FeatureName
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """The options about models that `encode` and all that encodes again take, as typed."""
-
-    models: str | None = None
-    vae: str | None = None
-    t5: str | None = None
-    llm: str | None = None
-    dtype: str | None = None
-    stored_latents: str = "moments"
-    vae_tiling: bool = False
-    vae_engine: str = "fast"
-    t5_rows: str = "all"
-    answer_variants: int = 1
-    llm_engine: str = "auto"
-    llm_hidden_engine: str = "transformers"
-    llm_tensor_parallel: int = 1
-    llm_memory_share: float = 0.9
-    instructions: str | None = None
-    """A YAML file; None: the four of the project."""
-    llm_layer: str = "last"
-    instruction_pooling: str = "mean"
-    device: str = "auto"
 
 
 def encode_settings(

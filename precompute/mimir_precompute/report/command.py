@@ -73,9 +73,10 @@ def _load_decoder(
     latents = choose_features(storage, choices).get("latents")
     if latents is None:
         return None  # the page says that there are none
+    from mimir_precompute.config import ModelOptions
     from mimir_precompute.decode_latents import load_decoder
     from mimir_precompute.device import choose_device
-    from mimir_precompute.model_options import ModelOptions, model_source
+    from mimir_precompute.model_options import model_source
 
     source = model_source(ModelOptions(models=models, vae=vae), None, "vae", True)
     return load_decoder(source, latents.read_spec().identity, choose_device(device)).decode_latents

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from mimir_precompute.config import EncodeSettings
+from mimir_precompute.config import EncodeSettings, ModelOptions
 from mimir_precompute.device import choose_device
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.encoders.build import build_encoder
 from mimir_precompute.identity import FeatureModels, resolve_models
-from mimir_precompute.model_options import ModelOptions, encode_settings
+from mimir_precompute.model_options import encode_settings
 from mimir_precompute.page.render import render_page
 from mimir_precompute.presets import find_preset
 from mimir_precompute.progress import Progress

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mimir_precompute.model_options import ModelOptions
+from mimir_precompute.config import ModelOptions
 from mimir_precompute.volatility.command import VolatilityRequest, run_volatility
 from mimir_precompute.volatility.measure import relative_spread
 from mimir_precompute.volatility.pictures import project
