@@ -1,5 +1,7 @@
 """The features of the empty prompt, for the unconditional branch of training: one file beside the shards."""
 
+import time
+
 from mimir_precompute.encoders.base import Encoder
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureFolder
@@ -28,9 +30,19 @@ def publish_empty(folder: FeatureFolder, encoder: Encoder, answers: FeatureFolde
     folder.storage.create(name, data)
 
 
-def require_answers(answers: FeatureFolder) -> None:
-    """Raise CacheError where the cache does not have the answers that `llm` is made from."""
-    if not answers.storage.exists(empty_name("answers", answers.fingerprint)):
+def require_answers(answers: FeatureFolder, *, wait: bool = False, poll_s: float = 2.0) -> None:
+    """See that the cache has begun to have the answers that `llm` is made from.
+
+    Args:
+        wait: until another worker has begun them.
+    Raises: CacheError where there are none.
+    """
+    pause_s = 0.05
+    while not answers.storage.exists(empty_name("answers", answers.fingerprint)):
+        if wait:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, poll_s)
+            continue
         raise CacheError(
             f"{answers.storage.root}/{answers.directory}: `llm` is made from `answers`, which this cache does not have "
             f"with these models and settings; encode both: --features answers,llm"

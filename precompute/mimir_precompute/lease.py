@@ -242,6 +242,7 @@ class ShardClaims:
         shards: what this call of `encode` is to make.
         generations: shard → the generation that is to be made, for shards that are made again.
         needs: folders of features that must have a shard before this feature can be made of it.
+        needs_will_come: whether other workers see to those, though none may be at it just now.
         say: told once, when all that is left is in the hands of other workers.
     """
 
@@ -253,6 +254,7 @@ class ShardClaims:
         *,
         generations: Mapping[int, int] | None = None,
         needs: Sequence[FeatureFolder] = (),
+        needs_will_come: bool = False,
         say: Callable[[str], None] = lambda _: None,
         poll_s: float = 2.0,
     ) -> None:
@@ -261,6 +263,7 @@ class ShardClaims:
         self._leases = leases
         self._generations = generations or {}
         self._needs = tuple(needs)
+        self._needs_will_come = needs_will_come
         self._say = say
         self._poll_s = poll_s
         self._storage = leases.storage
@@ -347,7 +350,7 @@ class ShardClaims:
             leased = self._leased(folder) & set(lacking)
             if leased:
                 self._take_over_stale(folder, leased)
-            elif lacking:
+            elif lacking and not self._needs_will_come:
                 raise InputError(
                     f"{self._storage.root}: shard {lacking[0]} has no `{folder.feature}` yet, from which "
                     f"`{self._folder.feature}` is made; encode both: --features {folder.feature},{self._folder.feature}"

@@ -90,6 +90,8 @@ class EncodeJob:
     """How clips are decoded: by the command in a sandbox. Whoever made it closes it; a job that fails does, too."""
     heartbeat_s: float = HEARTBEAT_S
     """How often this worker tells the others that it lives."""
+    others_make: frozenset[FeatureName] = frozenset()
+    """Features that other workers of the same run see to: what is made from them waits for them."""
 
 
 @dataclass(kw_only=True)
@@ -150,25 +152,38 @@ def encode_cache(job: EncodeJob, progress: Progress, log: RunLog) -> EncodeOutco
     Raises: CacheError where a feature was made otherwise than now asked for; TooManyQuarantinedError after
         all work is done; MachineError for faults of the disk.
     """
-    job.storage.remove_abandoned()
-    job.storage.settle("plan")
     specs = open_features(job)
-    outcome = EncodeOutcome()
+    outcome = EncodeOutcome(features=encode_features(job, specs, progress, log))
+    conclude(job, specs, outcome)
+    return outcome
+
+
+def encode_features(
+    job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec], progress: Progress, log: RunLog
+) -> list[FeatureOutcome]:
+    """Make one feature after the other: the work of one worker, be it alone or one of many."""
     with Leases(job.storage, heartbeat_s=job.heartbeat_s) as leases:
         leases.remove_abandoned()
         if job.remaking is None:
             progress.expect(missing_clips(job, specs))
-        for feature in job.features:
-            outcome.features.append(encode_feature(job, specs, feature, leases, progress, log))
+        return [encode_feature(job, specs, feature, leases, progress, log) for feature in job.features]
+
+
+def conclude(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec], outcome: EncodeOutcome) -> None:
+    """Judge what was lost in the job's shards, and write the snapshot of a cache that is complete."""
     folders = {feature: FeatureFolder(job.storage, feature, specs[feature].fingerprint) for feature in job.features}
     outcome.quarantined = unusable_clips(job.plan, folders.values(), frozenset(job.shards))
     refuse_large_share(job.storage.root, job.plan, job.shards, outcome.quarantined, job.max_quarantined)
     outcome.snapshot = write_snapshot_if_complete(job.storage, job.plan, folders)
-    return outcome
 
 
 def open_features(job: EncodeJob) -> dict[FeatureName, FeatureSpec]:
-    """Compare what is asked for with what the cache holds, before any model loads; then write new specs."""
+    """Compare what is asked for with what the cache holds, before any model loads; then write new specs.
+
+    What killed workers left half written is removed first.
+    """
+    job.storage.remove_abandoned()
+    job.storage.settle("plan")
     specs: dict[FeatureName, FeatureSpec] = {}
     for feature, identity in asked_identities(job.encoders, job.features).items():
         digest = fingerprint(identity)
@@ -231,12 +246,19 @@ def encode_feature(
     if not todo and not lost_empty:
         return outcome
     if answers is not None:
-        require_answers(answers)
+        require_answers(answers, wait="answers" in job.others_make)
     preparer = ClipPreparer(job.plan, geometry_of(job.plan.settings), folder, answers, job.decoder, remakes)
     sizes = {shard: job.plan.file_of(shard).num_clips(shard) for shard in todo}
-    needs = [folder for folder in (answers,) if folder is not None]
     generations = {shard: remake.generation for shard, remake in remakes.items()}
-    claims = ShardClaims(folder, todo, leases, generations=generations, needs=needs, say=progress.say)
+    claims = ShardClaims(
+        folder,
+        todo,
+        leases,
+        generations=generations,
+        needs=[] if answers is None else [answers],
+        needs_will_come="answers" in job.others_make,
+        say=progress.say,
+    )
     shared = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations=generations)
     in_view = progress.feature(feature, shards=len(todo), clips=sum(sizes.values()), shared=shared)
     with in_view, closing(job.encoders.build(feature)) as encoder:
