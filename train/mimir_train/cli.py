@@ -79,6 +79,9 @@ def run(
                                                               show_default=False, rich_help_panel=_MODEL)] = None,
     init_from: Annotated[str | None, typer.Option(help="Diffusers folder, hub id, or scratch.", show_default=False,
                                                   rich_help_panel=_MODEL)] = None,
+    attention: Annotated[str | None, typer.Option(help="Who computes attention: sdpa (torch's own), xformers, varlen "
+                                                  "or flex, where the machine has it.", show_default=False,
+                                                  rich_help_panel=_MODEL)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the transformer.", show_default=False,
                                                         rich_help_panel=_OPTIMIZER)] = None,
     fuser_learning_rate: Annotated[float | None, typer.Option(help="Of the fuser.", show_default=False,
@@ -133,6 +136,7 @@ def run(
                 "model.text_align": text_align,
                 "model.stabilizer_start_step": stabilizer_start_step,
                 "model.init_from": init_from,
+                "model.attention": attention,
                 "optimizer.learning_rate": learning_rate,
                 "optimizer.fuser_learning_rate": fuser_learning_rate,
                 "optimizer.schedule": lr_scheduler,

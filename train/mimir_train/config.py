@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from mimir_shared.errors import InputError
 from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
-from mimir_train.model.config import FUSERS, DiTConfig, FuserName
+from mimir_train.model.config import FUSERS, AttentionName, DiTConfig, FuserName
 from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
 
 VerifyReads = Literal["always", "first-epoch", "never"]
@@ -97,6 +97,8 @@ class ModelConfig:
     """Where the transformer comes from: a diffusers folder, a hub id (or id@revision), or "scratch"."""
     transformer: DiTConfig = field(default_factory=DiTConfig)
     """Its sizes; with init_from, those that are expected there."""
+    attention: AttentionName = "sdpa"
+    """Who computes attention: torch's own, or a kernel that some machines have. All give the same but for rounding."""
     fit_to_cache: bool = False
     """Channels, text width and base grid of `transformer` are taken from the cache; from scratch only."""
     latent_scaling_factor: float | None = None

@@ -33,6 +33,7 @@ FREE_ON_RESUME: Final = frozenset(
         "data.on_bad_sample",
         "data.max_bad_share",
         "data.verify_reads",
+        "model.attention",
         "run.output_dir",
         "run.max_train_steps",
         "run.stop_at_step",

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mimir_train.answer_variants import VariantChoice
+from mimir_train.attention_choice import check_attention
 from mimir_train.bad_samples import BadSampleLog
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
@@ -75,6 +76,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
             local_cache_gb=data.local_cache_gb,
         )  # fmt: skip
         fitted = fit(config, cache, initial_of(run, config))
+        check_attention(fitted.config.model, parallel.device, config.run.precision)
         order = build_order(fitted, cache, parallel)
         say_what_is_trained(console, fitted, cache, order)
 
@@ -166,6 +168,7 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, paralle
     config, layout = fitted.config, fitted.layout
     torch.manual_seed(config.run.seed)  # of the first weights only: every draw of a step has a key of its own
     model = TrainedModel(build_transformer(fitted), TokenFuser(fitted.fuser)).to(parallel.device)
+    model.dit.use_attention(config.model.attention)
     assert config.model.latent_scaling_factor is not None, "fit leaves nothing open"
     objective = Objective(
         schedule=NoiseSchedule.cogvideox(config.objective.snr_shift_scale).to(parallel.device),

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+AttentionName = Literal["sdpa", "xformers", "varlen", "flex"]
+"""Who computes attention: torch's scaled_dot_product_attention, xformers, torch's varlen_attn or its flex_attention."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:

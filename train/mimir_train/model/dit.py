@@ -6,7 +6,7 @@ Weights in a folder are read and written by `mimir_train.transformer_folder`.
 
 from torch import Tensor, nn
 
-from mimir_train.model.config import DiTConfig
+from mimir_train.model.config import AttentionName, DiTConfig
 from mimir_train.model.layers import (
     Block,
     OutputAdaLayerNorm,
@@ -41,6 +41,12 @@ class DiT(nn.Module):
         self.norm_out = OutputAdaLayerNorm(width, time_embed_dim, config.norm_eps)
         self.proj_out = nn.Linear(width, patch_size**2 * config.out_channels)
         self.init_weights()
+
+    def use_attention(self, backend: AttentionName) -> None:
+        """Choose who computes attention in every block; `model.attention.why_not` tells whether it can here."""
+        for block in self.transformer_blocks:
+            assert isinstance(block, Block)
+            block.attn1.backend = backend
 
     def forward(self, noisy_latents: Tensor, condition_tokens: Tensor, timesteps: Tensor) -> Tensor:
         """

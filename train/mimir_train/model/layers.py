@@ -11,18 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimir_train.model.attention import attention
+from mimir_train.model.config import AttentionName
+
 RotaryTable = tuple[Tensor, Tensor]
 """Cosine and sine of the angle by which each pair of channels turns at each position: (S, d) float32 each."""
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Every token attends to every token: the only place where attention is computed.
-
-    Args:
-        query, key, value: (B, A, S, d), one dtype.
-    Returns: (B, A, S, d).
-    """
-    return F.scaled_dot_product_attention(query, key, value)
 
 
 # --- where a token is ---------------------------------------------------------------------------------------------
@@ -223,6 +216,7 @@ class JointAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.backend: AttentionName = "sdpa"
         self.to_q = nn.Linear(width, width, bias=qkv_bias)
         self.to_k = nn.Linear(width, width, bias=qkv_bias)
         self.to_v = nn.Linear(width, width, bias=qkv_bias)
@@ -240,7 +234,7 @@ class JointAttention(nn.Module):
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         # norms and rotation may have widened them to float32
-        attended = attention(query.to(value.dtype), key.to(value.dtype), value)
+        attended = attention(query.to(value.dtype), key.to(value.dtype), value, backend=self.backend)
         out: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))  # (B, S, D)
         return out
 
