@@ -7,9 +7,11 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from mimir_shared.bucket_client import parse_location
 from mimir_shared.bucket_requests import RequestLimits
 from mimir_shared.object_storage import ObjectStorage
 from tests.fault_proxy import Fault, FaultProxy, Plan
@@ -67,6 +69,16 @@ def upload(folder: Path, storage: ObjectStorage) -> int:
     for path in files:
         assert storage.create(path.relative_to(folder).as_posix(), path.read_bytes())
     return len(files)
+
+
+def backdate(storage: ObjectStorage, name: str, age_s: float) -> None:
+    """Have the service, which runs in this process, say that an object was written so long ago."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    _, bucket, prefix = parse_location(storage.root)
+    key = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket].keys[f"{prefix}/{name}"]
+    key.last_modified -= timedelta(seconds=age_s)
 
 
 def faulty(share: float, *faults: Fault, method: str = "", seed: int = 0) -> Plan:

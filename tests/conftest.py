@@ -54,3 +54,13 @@ def moto_port() -> Iterator[int]:
 
     with moto_server() as port:
         yield port
+
+
+@pytest.fixture
+def bucket(moto_port: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of an empty bucket that the environment leads to."""
+    from tests.buckets import environment, new_bucket
+
+    for name, value in environment(f"http://127.0.0.1:{moto_port}").items():
+        monkeypatch.setenv(name, value)
+    return new_bucket(moto_port)

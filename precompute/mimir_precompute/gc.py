@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mimir_precompute.lease import all_leases, read_lease, storage_time_s, take_over
+from mimir_precompute.lease import all_leases, read_lease, take_over
 from mimir_shared.errors import CacheError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder, find_features
@@ -72,8 +72,9 @@ class _Collector:
     def __init__(self, storage: LocalStorage, grace_s: float) -> None:
         self._storage = storage
         self._grace_s = grace_s
-        self._now_s = storage_time_s(storage)
-        self._leases = list(all_leases(storage))
+        self._now_s = storage.now_s()
+        self._lease_store = storage.lease_store()
+        self._leases = list(all_leases(self._lease_store))
         self._leased = {lease.name for lease in self._leases if not lease.is_stale(self._now_s)}
         self._snapshot_names = storage.list("snapshots")
         self._snapshots = list_snapshots(storage)
@@ -92,8 +93,8 @@ class _Collector:
         """Remove one file; False where it turned out to be needed, or is gone."""
         match garbage.kind:
             case "lease":
-                seen = read_lease(self._storage, garbage.name)
-                done = seen is not None and seen.is_stale(self._now_s) and take_over(self._storage, seen)
+                seen = read_lease(self._lease_store, garbage.name)
+                done = seen is not None and seen.is_stale(self._now_s) and take_over(self._lease_store, seen)
             case "temporary":
                 self._storage.remove_temporary(self._storage.path(garbage.name))
                 done = True

@@ -1,6 +1,6 @@
 """Leases: workers that share a cache tell each other which shard they are at.
 
-A lease is a file that its owner keeps touching. It only saves work: two workers that make the same shard
+A lease is a small file that its owner keeps touching. It only saves work: two workers that make the same shard
 cost time, never a wrong cache, for the commit record has one author whatever the leases say. So a lease
 may be wrong (a worker sleeps, a clock jumps), and it is enough that this is rare.
 """
@@ -13,20 +13,21 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Final, Self
 
 from mimir_precompute.termination import when_stopped
-from mimir_shared.errors import InputError
+from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FEATURES
 from mimir_shared.layout import lease_directory, lease_name
+from mimir_shared.lease_store import HeldLease, LeaseStore, StoredLease
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.process_identity import life_of, process_domain
-from mimir_shared.storage import LocalStorage, machine_faults
+from mimir_shared.storage import machine_faults
 
 HEARTBEAT_S: Final = 20.0
 TTL_HEARTBEATS: Final = 6
@@ -34,90 +35,108 @@ TTL_HEARTBEATS: Final = 6
 _EXAMINED_AT_ONCE: Final = 8
 
 
-def storage_time_s(storage: LocalStorage) -> float:
-    """Now, by the clock that stamps the files of a cache: clocks of hosts may be hours apart."""
-    with machine_faults(f"{storage.root}: asking for the time of its disk"), storage.temporary() as probe:
-        os.utime(probe.file.fileno())
-        return os.fstat(probe.file.fileno()).st_mtime
-
-
 @dataclass(frozen=True, kw_only=True)
-class SeenLease:
-    """A lease as found on disk. The owner's fields are empty where its content is not whole yet."""
+class LeaseOwner:
+    """Who has a lease: what is written into it. The fields are empty where its content is not whole yet."""
 
-    name: str
-    touched_s: float
-    """By the storage's clock."""
     host: str = ""
     domain: str = ""
     pid: int = 0
     token: str = ""
+    """Of one `Leases`: a process may have several, one after the other."""
     ttl_s: float = HEARTBEAT_S * TTL_HEARTBEATS
     """The owner touches it much more often than this."""
+
+
+def this_process(heartbeat_s: float) -> LeaseOwner:
+    """An owner that touches its leases every `heartbeat_s`."""
+    return LeaseOwner(
+        host=socket.gethostname(),
+        domain=process_domain(),
+        pid=os.getpid(),
+        token=uuid.uuid4().hex,
+        ttl_s=heartbeat_s * TTL_HEARTBEATS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenLease:
+    """A lease as found in the cache, and whose it is."""
+
+    stored: StoredLease
+    owner: LeaseOwner
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
 
     @property
     def is_dead(self) -> bool:
         """Whether the owner ran on this machine and certainly does not any more."""
-        return self.pid > 0 and life_of(self.domain, self.pid) == "dead"
+        return self.owner.pid > 0 and life_of(self.owner.domain, self.owner.pid) == "dead"
 
     def is_stale(self, now_s: float) -> bool:
         """Whether its owner is dead, or has not touched it for long.
 
         A time far ahead is stale too: the storage's clock was set back, and no heartbeat has come since.
+
+        Args:
+            now_s: by the clock of the storage.
         """
-        return self.is_dead or abs(now_s - self.touched_s) > self.ttl_s
+        return self.is_dead or abs(now_s - self.stored.touched_s) > self.owner.ttl_s
 
 
-def read_lease(storage: LocalStorage, name: str) -> SeenLease | None:
+def read_lease(store: LeaseStore, name: str) -> SeenLease | None:
     """None where there is no such lease (any more)."""
-    try:
-        # opened, not only looked at, for a network file system then asks its server for the time
-        with open(storage.path(name), "rb") as file:
-            touched_s = os.fstat(file.fileno()).st_mtime
-            owner = parse_json(file.read())
-        return SeenLease(name=name, touched_s=touched_s, **owner)
-    except OSError:
+    stored = store.read(name)
+    if stored is None:
         return None
+    try:
+        return SeenLease(stored=stored, owner=LeaseOwner(**parse_json(stored.owner)))
     except (ValueError, TypeError):
-        return SeenLease(name=name, touched_s=touched_s)
+        return SeenLease(stored=stored, owner=LeaseOwner())
 
 
-def all_leases(storage: LocalStorage) -> Iterator[SeenLease]:
+def all_leases(store: LeaseStore) -> Iterator[SeenLease]:
     """Every lease of a cache."""
     for feature in FEATURES:
-        for fingerprint in storage.list(f"leases/{feature}"):
+        for fingerprint in store.list(f"leases/{feature}"):
             directory = lease_directory(feature, fingerprint)
-            for name in storage.list(directory):
-                seen = read_lease(storage, f"{directory}/{name}")
+            for name in store.list(directory):
+                seen = read_lease(store, f"{directory}/{name}")
                 if seen is not None:
                     yield seen
 
 
-def take_over(storage: LocalStorage, seen: SeenLease) -> bool:
+def take_over(store: LeaseStore, seen: SeenLease) -> bool:
     """Remove a stale lease, so that anybody may take it. Of several workers that try, one succeeds."""
-    try:
-        aside = storage.set_aside(seen.name)
-    except FileNotFoundError:
-        return False
-    found = read_lease(storage, str(aside.relative_to(storage.root)))
-    same = found is None or found.token == seen.token
-    if not same:
-        # another worker was faster: what was moved is its new lease, which goes back
-        with contextlib.suppress(OSError):
-            storage.disk.link(aside, storage.path(seen.name))
-    storage.remove_temporary(aside)
+    removed = store.remove(seen.stored)
     failpoint("lease.taken_over")
-    return same
+    return removed
 
 
 class Leases:
     """The leases that this process holds in one cache. Its thread touches them; `close` drops them."""
 
-    def __init__(self, storage: LocalStorage, *, heartbeat_s: float = HEARTBEAT_S) -> None:
-        self.storage = storage
+    def __init__(
+        self,
+        store: LeaseStore,
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        owner: LeaseOwner | None = None,
+        beats: bool = True,
+    ) -> None:
+        """Hold nothing yet.
+
+        Args:
+            owner: who holds them; None: this process.
+            beats: whether a thread touches them every `heartbeat_s`; without it, whoever has them calls `touch`.
+        """
+        self.store = store
         self._heartbeat_s = heartbeat_s
-        self._token = uuid.uuid4().hex
-        self._held: dict[str, int] = {}
+        self._owner = json.dumps(asdict(owner or this_process(heartbeat_s))).encode()
+        self._beats = beats
+        self._held: dict[str, HeldLease] = {}
         self._folders: set[str] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -135,55 +154,25 @@ class Leases:
 
     def take(self, name: str) -> bool:
         """Take a lease that nobody has; False where somebody has it. Raises MachineError."""
-        path = self.storage.path(name)
-        owner = {
-            "host": socket.gethostname(),
-            "domain": process_domain(),
-            "pid": os.getpid(),
-            "token": self._token,
-            "ttl_s": self._heartbeat_s * TTL_HEARTBEATS,
-        }
         self._folders |= {str(folder) for folder in PurePosixPath(name).parents if folder.name}
-        with machine_faults(f"{path}: taking the lease"):
-            descriptor = self._create(path, json.dumps(owner).encode())
-        if descriptor is None:
+        with machine_faults(f"{self.store.root}/{name}: taking the lease"):
+            held = self.store.create(name, self._owner)
+        if held is None:
             return False
         with self._lock:
-            self._held[name] = descriptor
+            self._held[name] = held
         failpoint("lease.taken")
-        if self._heart is None:
+        if self._beats and self._heart is None:
             self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
             self._heart.start()
         return True
 
-    def _create(self, path: Path, owner: bytes) -> int | None:
-        """A descriptor of a new lease; None where somebody has it.
-
-        It names its owner from the first moment on: one of nobody, left by a worker that was killed between creating
-        and writing it, would hold its shard until it is stale.
-        """
-        if path.exists():
-            return None
-        with self.storage.temporary() as temporary:
-            temporary.file.write(owner)
-            temporary.file.flush()
-            while True:
-                with contextlib.suppress(FileExistsError, FileNotFoundError):  # it may go while it is made
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    self.storage.disk.link(temporary.path, path)
-                    return os.dup(temporary.file.fileno())
-                except FileExistsError:
-                    return None
-                except FileNotFoundError:
-                    continue  # another worker has just removed the empty folder
-
     def remove_abandoned(self) -> None:
         """Remove the leases of processes that died on this machine, committed shards' among them."""
-        with machine_faults(f"{self.storage.root}/leases: removing those of dead processes"):
-            for lease in all_leases(self.storage):
+        with machine_faults(f"{self.store.root}/leases: removing those of dead processes"):
+            for lease in all_leases(self.store):
                 if lease.is_dead:
-                    take_over(self.storage, lease)
+                    take_over(self.store, lease)
 
     def holds(self, name: str) -> bool:
         return name in self._held
@@ -191,14 +180,12 @@ class Leases:
     def drop(self, name: str) -> None:
         """Give a lease back; nothing happens to one that another worker has taken over."""
         with self._lock:
-            descriptor = self._held.pop(name, None)
-        if descriptor is None:
+            held = self._held.pop(name, None)
+        if held is None:
             return
-        os.close(descriptor)
-        seen = read_lease(self.storage, name)
-        if seen is not None and seen.token in (self._token, ""):
-            with contextlib.suppress(OSError):
-                self.storage.path(name).unlink()
+        # one that cannot be given back is taken over: at once from this machine, or when it is stale
+        with contextlib.suppress(OSError, MachineError):
+            held.drop()
         failpoint("lease.dropped")
 
     def drop_all(self) -> None:
@@ -215,22 +202,27 @@ class Leases:
 
     def _leave(self) -> None:
         self.drop_all()
-        for folder in sorted(self._folders, key=len, reverse=True):
-            with contextlib.suppress(OSError):
-                self.storage.path(folder).rmdir()
+        self.store.tidy(sorted(self._folders, key=len, reverse=True))
 
     def _beat(self) -> None:
         while not self._closing.wait(self._heartbeat_s):
             self.touch()
 
     def touch(self) -> None:
-        """Say of every lease held that its owner lives."""
+        """Say of every lease held that its owner lives. A storage that fails at it is not complained about."""
         with self._lock:
-            for descriptor in self._held.values():
-                # through the descriptor: a lease that was taken over is another worker's to touch
-                with contextlib.suppress(OSError):
-                    os.utime(descriptor)
+            for held in self._held.values():
+                with contextlib.suppress(OSError, MachineError):
+                    held.touch()
         failpoint("lease.heartbeat")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing can be claimed now."""
+
+    num_left: int
+    """Shards that other workers hold, or that wait for what they are made from."""
 
 
 class ShardClaims:
@@ -244,6 +236,7 @@ class ShardClaims:
         needs: folders of features that must have a shard before this feature can be made of it.
         needs_will_come: whether other workers see to those, though none may be at it just now.
         say: told once, when all that is left is in the hands of other workers.
+        poll_s: how often to look while waiting; None: as the store of the leases has it.
     """
 
     def __init__(
@@ -256,7 +249,8 @@ class ShardClaims:
         needs: Sequence[FeatureFolder] = (),
         needs_will_come: bool = False,
         say: Callable[[str], None] = lambda _: None,
-        poll_s: float = 2.0,
+        poll_s: float | None = None,
+        choose: random.Random | None = None,
     ) -> None:
         self._folder = folder
         self._shards = tuple(shards)
@@ -265,9 +259,9 @@ class ShardClaims:
         self._needs = tuple(needs)
         self._needs_will_come = needs_will_come
         self._say = say
-        self._poll_s = poll_s
-        self._storage = leases.storage
-        self._random = random.Random()
+        self._poll_s = leases.store.poll_s if poll_s is None else poll_s
+        self._store = leases.store
+        self._random = choose or random.Random()
         self._closed = threading.Event()
 
     def next(self) -> int | None:
@@ -280,6 +274,16 @@ class ShardClaims:
         """
         pause_s = min(0.05, self._poll_s)
         told = False
+        while isinstance(found := self.attempt(), Waiting):
+            if not told:
+                self._say(f"{self._folder.feature}: waiting for {found.num_left} shards that other workers hold")
+                told = True
+            self._closed.wait(pause_s * self._random.uniform(0.5, 1.5))
+            pause_s = min(pause_s * 2, self._poll_s)
+        return found
+
+    def attempt(self) -> int | Waiting | None:
+        """As `next`, but it says that it would wait instead of waiting."""
         while left := self._left():
             leased = self._leased(self._folder)
             free = [shard for shard in left if shard not in leased]
@@ -295,11 +299,7 @@ class ShardClaims:
                 if free and len(free) == len(left):
                     self._check_needs(free)
                 if not self._take_over_stale(self._folder, leased & set(left)):
-                    if not told:
-                        self._say(f"{self._folder.feature}: waiting for {len(left)} shards that other workers hold")
-                        told = True
-                    self._closed.wait(pause_s * self._random.uniform(0.5, 1.5))
-                    pause_s = min(pause_s * 2, self._poll_s)
+                    return Waiting(len(left))
         return None
 
     def finished(self, shard: int) -> None:
@@ -325,7 +325,7 @@ class ShardClaims:
         return [shard for shard in shards if newest.get(shard, -1) < self._generations.get(shard, 0)]
 
     def _leased(self, folder: FeatureFolder) -> set[int]:
-        names = self._storage.list(lease_directory(folder.feature, folder.fingerprint))
+        names = self._store.list(lease_directory(folder.feature, folder.fingerprint))
         found = {int(name) for name in names if name.isdecimal()}
         if folder is self._folder:
             found -= {shard for shard in found if self._leases.holds(self._lease(shard))}
@@ -352,7 +352,7 @@ class ShardClaims:
                 self._take_over_stale(folder, leased)
             elif lacking and not self._needs_will_come:
                 raise InputError(
-                    f"{self._storage.root}: shard {lacking[0]} has no `{folder.feature}` yet, from which "
+                    f"{self._folder.storage.root}: shard {lacking[0]} has no `{folder.feature}` yet, from which "
                     f"`{self._folder.feature}` is made; encode both: --features {folder.feature},{self._folder.feature}"
                 )
 
@@ -360,9 +360,9 @@ class ShardClaims:
         """Free stale leases among some of these, chosen by chance so that idle workers do not all ask for all."""
         chosen = self._random.sample(sorted(leased), min(len(leased), _EXAMINED_AT_ONCE))
         names = [lease_name(folder.feature, folder.fingerprint, shard) for shard in chosen]
-        seen = [lease for lease in (read_lease(self._storage, name) for name in names) if lease is not None]
-        now_s = storage_time_s(self._storage)
+        seen = [lease for lease in (read_lease(self._store, name) for name in names) if lease is not None]
+        now_s = self._store.now_s() if seen else 0.0
         stale = [lease for lease in seen if lease.is_stale(now_s)]
         for lease in stale:
-            take_over(self._storage, lease)
+            take_over(self._store, lease)
         return bool(stale) or len(seen) < len(names)

@@ -162,7 +162,7 @@ def encode_features(
     job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec], progress: Progress, log: RunLog
 ) -> list[FeatureOutcome]:
     """Make one feature after the other: the work of one worker, be it alone or one of many."""
-    with Leases(job.storage, heartbeat_s=job.heartbeat_s) as leases:
+    with Leases(job.storage.lease_store(), heartbeat_s=job.heartbeat_s) as leases:
         leases.remove_abandoned()
         if job.remaking is None:
             progress.expect(missing_clips(job, specs))

@@ -15,7 +15,6 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mimir_precompute.lease import storage_time_s
 from mimir_shared.errors import MimirError
 from mimir_shared.process_identity import life_of, process_domain
 from mimir_shared.storage import LocalStorage
@@ -137,7 +136,7 @@ def _now_s(storage: LocalStorage, *, newest_s: float) -> float:
     own_s = time.time()
     if not 0 <= own_s - newest_s <= STALE_S:
         with contextlib.suppress(OSError):  # a cache mounted read-only has no other clock than ours
-            return storage_time_s(storage)
+            return storage.now_s()
     return own_s
 
 

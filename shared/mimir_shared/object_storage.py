@@ -8,21 +8,27 @@ gives the same bytes and a lost answer to a write can be told from a lost race b
 import os
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from mimir_shared.bucket_client import open_store, parse_location, runtime_owner
+from mimir_shared.bucket_leases import BucketLeaseStore
 from mimir_shared.bucket_requests import IncompleteAnswerError, Requester, RequestLimits, describe_fault
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.local_read_cache import LocalReadCache
 from mimir_shared.storage import LocalStorage, TemporaryFile
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion  # known to type checkers alone
 
 _UPLOADS: Final = 8
 """Parts of one object that are written at a time."""
@@ -30,6 +36,19 @@ _SMALLEST_PART: Final = 5 << 20
 """That S3 takes, but for the last."""
 _READ_AHEAD: Final = 256
 """Objects of read_many that may be in memory at a time."""
+_CLOCK_ASKED_EVERY_S: Final = 60.0
+_LEASE_ACTION_S: Final = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionedObject:
+    """A small object, and what a write must name to replace just this state of it."""
+
+    data: bytes
+    modified_s: float
+    """By the service's clock, in whole seconds on S3."""
+    version: tuple[str, str]
+    """Entity tag and version, empty where the service gives none."""
 
 
 class ObjectStorage:
@@ -50,6 +69,8 @@ class ObjectStorage:
         self._lock = threading.Lock()
         self._stores: dict[bool, Any] = {}
         self._parts: ThreadPoolExecutor | None = None
+        self._clock: tuple[float, float] | None = None
+        """(the service's time, our monotonic time) of one moment."""
         self._spool = LocalStorage(Path(tempfile.gettempdir()) / f"mimir-uploads-{os.getuid()}")
 
     @property
@@ -58,6 +79,21 @@ class ObjectStorage:
 
     def where(self, name: str) -> str:
         return f"{self.root}/{name}"
+
+    def now_s(self) -> float:
+        """Now, by the service's clock, which stamps the objects; to a second or two. It is asked once a minute."""
+        asked = self._clock
+        if asked is None or time.monotonic() - asked[1] > _CLOCK_ASKED_EVERY_S:
+            probe = f"tmp/clock-{uuid.uuid4().hex}"
+            self.create(probe, b"")
+            asked = self._clock = (self.read_versioned(probe).modified_s, time.monotonic())
+            self.remove(probe)
+        return asked[0] + time.monotonic() - asked[1]
+
+    def lease_store(self) -> BucketLeaseStore:
+        limits = replace(self._limits, action_s=min(_LEASE_ACTION_S, self._limits.action_s))
+        limits = replace(limits, request_s=min(limits.request_s, limits.action_s))
+        return BucketLeaseStore(self, ObjectStorage(self.root, limits=limits))
 
     def exists(self, name: str) -> bool:
         # not HEAD: its answer has no body, and would not tell a missing object from a missing bucket
@@ -162,9 +198,7 @@ class ObjectStorage:
         probe = f"tmp/probe-{uuid.uuid4().hex}"
         self.create(probe, b"first")
         safe = not self.create(probe, b"second")
-        self._requester.run(
-            f"removing from bucket {self._bucket}", self.where(probe), lambda: obstore.delete(self._store(), probe)
-        )
+        self.remove(probe)
         if not safe:
             raise InputError(
                 f"{self.root}: the service overwrites an object that was to be created only if absent (If-None-Match), "
@@ -192,6 +226,61 @@ class ObjectStorage:
             return True
 
         return self._requester.run(f"writing to bucket {self._bucket}", self.where(name), put)
+
+    def read_versioned(self, name: str) -> VersionedObject:
+        """A small object with its version. Raises FileNotFoundError where there is none."""
+
+        def get() -> VersionedObject:
+            answer = obstore.get(self._store(), name)
+            meta = answer.meta
+            data = bytes(answer.bytes())
+            if len(data) != meta["size"]:
+                raise IncompleteAnswerError
+            version = (meta["e_tag"] or "", meta["version"] or "")
+            return VersionedObject(data=data, modified_s=meta["last_modified"].timestamp(), version=version)
+
+        return self._requester.run(f"reading in bucket {self._bucket}", self.where(name), get)
+
+    def replace(self, name: str, data: bytes, version: tuple[str, str]) -> tuple[str, str] | None:
+        """Write `data`, which no other write ever has, over an object that still has the version that was read.
+
+        Returns: its version now; None where it was another one before, or gone, and nothing was written.
+        """
+        e_tag, number = version
+        mode: UpdateVersion = {}
+        if e_tag:
+            mode["e_tag"] = e_tag
+        if number:
+            mode["version"] = number
+        attempts = 0
+
+        def put() -> tuple[str, str] | None:
+            nonlocal attempts
+            attempts += 1
+            try:
+                written = obstore.put(self._store(), name, data, mode=mode, use_multipart=False)
+            except (PreconditionError, FileNotFoundError) as refused:
+                fault = describe_fault(refused)
+                if fault.advice or fault.status not in (404, 412):
+                    raise
+                # An earlier try of ours may have been done and its answer lost: then the bytes are ours.
+                return self._version_with(name, data) if attempts > 1 else None
+            return written["e_tag"] or "", written["version"] or ""
+
+        return self._requester.run(f"writing to bucket {self._bucket}", self.where(name), put)
+
+    def _version_with(self, name: str, data: bytes) -> tuple[str, str] | None:
+        try:
+            found = self.read_versioned(name)
+        except FileNotFoundError:
+            return None
+        return found.version if found.data == data else None
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        self._requester.run(
+            f"removing from bucket {self._bucket}", self.where(name), lambda: obstore.delete(self._store(), name)
+        )
 
     def publish_content(self, temporary: TemporaryFile, name: str, sha256: str) -> None:
         """Upload a written temporary file under the name that follows from its content.

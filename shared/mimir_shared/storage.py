@@ -20,6 +20,7 @@ from typing import BinaryIO
 from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import publishing_failpoint
+from mimir_shared.local_leases import LocalLeaseStore
 from mimir_shared.open_files import OpenFiles
 from mimir_shared.process_identity import Life, life_of, process_domain
 
@@ -53,6 +54,15 @@ class LocalStorage:
 
     def path(self, name: str) -> Path:
         return self.root / name
+
+    def now_s(self) -> float:
+        """Now, by the clock that stamps the files of the cache: clocks of hosts may be hours apart."""
+        with machine_faults(f"{self.root}: asking for the time of its disk"), self.temporary() as probe:
+            os.utime(probe.file.fileno())
+            return os.fstat(probe.file.fileno()).st_mtime
+
+    def lease_store(self) -> LocalLeaseStore:
+        return LocalLeaseStore(self)
 
     def exists(self, name: str) -> bool:
         with machine_faults(f"{self.path(name)}: looking for it"):

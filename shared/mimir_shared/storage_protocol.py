@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from mimir_shared.lease_store import LeaseStore
 from mimir_shared.storage import TemporaryFile
 
 
@@ -18,6 +19,14 @@ class Storage(Protocol):
     @property
     def root(self) -> Path | str:
         """Folder or URL, for messages: `{root}/{name}` says where a file is."""
+        ...
+
+    def now_s(self) -> float:
+        """Now, by the clock that stamps the files of the cache: clocks of hosts may be hours apart."""
+        ...
+
+    def lease_store(self) -> LeaseStore:
+        """Where those who make this cache say which shard they are at."""
         ...
 
     def exists(self, name: str) -> bool: ...

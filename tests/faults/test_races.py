@@ -14,6 +14,7 @@ import pytest
 
 from mimir_precompute.lease import Leases
 from mimir_shared import failpoints
+from mimir_shared.lease_store import HeldLease
 from tests.faults.conftest import World
 from tests.faults.workers import assert_same_cache, compared, encode, end_of, kill, run_alone, start
 
@@ -31,7 +32,7 @@ def _race_for_shard_0(cache: Path, clips: Path, ready: int, gate: tuple[int, int
             os.read(gate[0], 1)  # returns when its other end is closed
 
     def take_what_others_have(leases: Leases, name: str) -> bool:
-        leases._held[name] = os.open(os.devnull, os.O_RDONLY)
+        leases._held[name] = mock.create_autospec(HeldLease)
         return True
 
     failpoints.arm(wait_for_all)

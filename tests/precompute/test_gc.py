@@ -100,7 +100,7 @@ def test_data_of_a_shard_that_a_living_worker_has_leased_stay(storage: LocalStor
     name = f"{folder.directory}/data/000001-{8 * 'a'}.tar"
     storage.create(name, b"to be named soon")
     make_old(storage.root)
-    with Leases(storage) as leases:
+    with Leases(storage.lease_store()) as leases:
         assert leases.take(lease_name(folder.feature, folder.fingerprint, 1))
         assert removed(storage) == []
     assert removed(storage) == [f"data {name}"]

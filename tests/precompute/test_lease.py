@@ -5,31 +5,37 @@ import os
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from mimir_precompute.lease import Leases, ShardClaims, read_lease, storage_time_s, take_over
+from mimir_precompute.lease import LeaseOwner, Leases, ShardClaims, Waiting, read_lease, take_over
 from mimir_precompute.termination import _endings
 from mimir_shared import failpoints
 from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.layout import lease_name
+from mimir_shared.object_storage import ObjectStorage
 from mimir_shared.process_identity import process_domain
 from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
+from tests.buckets import QUICK, backdate
 
 FINGERPRINT = "0123456789ab"
 HOUR_S = 3600.0
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> LocalStorage:
-    return LocalStorage(tmp_path)
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "folder":
+        return LocalStorage(tmp_path)
+    return ObjectStorage(f"s3://{request.getfixturevalue('bucket')}/cache", limits=QUICK)
 
 
 @pytest.fixture
-def folder(storage: LocalStorage) -> FeatureFolder:
+def folder(storage: Storage) -> FeatureFolder:
     return FeatureFolder(storage, "t5", FINGERPRINT)
 
 
@@ -41,11 +47,19 @@ def commit(folder: FeatureFolder, shard: int) -> None:
     folder.storage.create(folder.record_path(shard, 0), b"only its name counts here")
 
 
-def write_lease(storage: LocalStorage, shard: int, *, pid: int, domain: str, age_s: float = 0.0) -> None:
+def write_lease(storage: Storage, shard: int, *, pid: int, domain: str, age_s: float = 0.0) -> None:
     owner = {"host": "elsewhere", "domain": domain, "pid": pid, "token": f"token of {pid}"}
-    storage.create(name_of(shard), json.dumps(owner).encode())
-    touched = storage_time_s(storage) - age_s
-    os.utime(storage.path(name_of(shard)), (touched, touched))
+    assert storage.lease_store().create(name_of(shard), json.dumps(owner).encode()) is not None
+    make_older(storage, shard, age_s)
+
+
+def make_older(storage: Storage, shard: int, age_s: float) -> None:
+    """Have the storage say that a lease was touched so much earlier."""
+    if isinstance(storage, ObjectStorage):
+        backdate(storage, name_of(shard), age_s)
+    elif isinstance(storage, LocalStorage):
+        touched_s = storage.path(name_of(shard)).stat().st_mtime - age_s
+        os.utime(storage.path(name_of(shard)), (touched_s, touched_s))
 
 
 def dead_pid() -> int:
@@ -61,40 +75,40 @@ def test_a_lease_names_its_owner_from_the_moment_it_is_there(tmp_path: Path) -> 
             raise SystemExit
 
     storage = LocalStorage(tmp_path, DiesBehindTheLink())
-    with pytest.raises(SystemExit), Leases(storage) as leases:
+    with pytest.raises(SystemExit), Leases(storage.lease_store()) as leases:
         leases.take(name_of(0))
-    seen = read_lease(storage, name_of(0))
+    seen = read_lease(storage.lease_store(), name_of(0))
     assert seen is not None
-    assert (seen.pid, seen.domain) == (os.getpid(), process_domain())
+    assert (seen.owner.pid, seen.owner.domain) == (os.getpid(), process_domain())
 
 
-def test_a_lease_is_one_workers_until_it_drops_it(storage: LocalStorage) -> None:
-    with Leases(storage) as mine, Leases(storage) as other:
+def test_a_lease_is_one_workers_until_it_drops_it(storage: Storage) -> None:
+    with Leases(storage.lease_store()) as mine, Leases(storage.lease_store()) as other:
         assert mine.take(name_of(0))
         assert not other.take(name_of(0))
         mine.drop(name_of(0))
         assert other.take(name_of(0))
-    assert not (storage.root / "leases").exists()
+    assert storage.list("leases") == []
 
 
-def test_a_heartbeat_is_seen_by_the_storages_clock(storage: LocalStorage) -> None:
-    with Leases(storage) as leases:
+def test_a_heartbeat_is_seen_by_the_storages_clock(storage: Storage) -> None:
+    with Leases(storage.lease_store()) as leases:
         leases.take(name_of(0))
-        os.utime(storage.path(name_of(0)), (1.0, 1.0))
-        seen = read_lease(storage, name_of(0))
+        make_older(storage, 0, HOUR_S)
+        seen = read_lease(storage.lease_store(), name_of(0))
         assert seen is not None
-        assert seen.is_stale(storage_time_s(storage))
+        assert seen.is_stale(storage.now_s())
         leases.touch()
-        seen = read_lease(storage, name_of(0))
+        seen = read_lease(storage.lease_store(), name_of(0))
         assert seen is not None
-        assert not seen.is_stale(storage_time_s(storage))
+        assert not seen.is_stale(storage.now_s())
 
 
-def test_the_thread_touches_leases_on_its_own(storage: LocalStorage) -> None:
+def test_the_thread_touches_leases_on_its_own(storage: Storage) -> None:
     beats = threading.Event()
     failpoints.arm(lambda name: beats.set() if name == "lease.heartbeat" else None)
     try:
-        with Leases(storage, heartbeat_s=0.01) as leases:
+        with Leases(storage.lease_store(), heartbeat_s=0.01) as leases:
             leases.take(name_of(0))
             assert beats.wait(10)
     finally:
@@ -102,39 +116,37 @@ def test_the_thread_touches_leases_on_its_own(storage: LocalStorage) -> None:
 
 
 @pytest.mark.parametrize("age_s", [HOUR_S, -HOUR_S])
-def test_a_lease_that_is_silent_or_lies_far_ahead_is_stale(storage: LocalStorage, age_s: float) -> None:
+def test_a_lease_that_is_silent_or_lies_far_ahead_is_stale(storage: Storage, age_s: float) -> None:
     write_lease(storage, 0, pid=1, domain="another boot", age_s=age_s)
-    seen = read_lease(storage, name_of(0))
+    seen = read_lease(storage.lease_store(), name_of(0))
     assert seen is not None
-    assert seen.is_stale(storage_time_s(storage))
+    assert seen.is_stale(storage.now_s())
 
 
 def test_claims_take_over_the_lease_of_a_dead_process_at_once_and_of_a_silent_one(
-    storage: LocalStorage, folder: FeatureFolder
+    storage: Storage, folder: FeatureFolder
 ) -> None:
     write_lease(storage, 0, pid=dead_pid(), domain=process_domain())
     write_lease(storage, 1, pid=1, domain="another boot", age_s=HOUR_S)
-    with Leases(storage) as leases:
+    with Leases(storage.lease_store()) as leases:
         claims = ShardClaims(folder, (0, 1), leases)
         assert sorted(shard for shard in (claims.next(), claims.next()) if shard is not None) == [0, 1]
         assert claims.next() is None
 
 
-def test_claims_wait_for_a_living_worker_and_end_when_it_has_committed(
-    storage: LocalStorage, folder: FeatureFolder
-) -> None:
+def test_claims_wait_for_a_living_worker_and_end_when_it_has_committed(storage: Storage, folder: FeatureFolder) -> None:
     write_lease(storage, 0, pid=1, domain="another boot")
     said: list[str] = []
-    with Leases(storage) as leases:
+    with Leases(storage.lease_store()) as leases:
         claims = ShardClaims(folder, (0,), leases, say=said.append, poll_s=0.01)
         threading.Timer(0.2, commit, (folder, 0)).start()
         assert claims.next() is None
     assert said == ["t5: waiting for 1 shards that other workers hold"]
 
 
-def test_claims_end_their_wait_when_they_are_closed(storage: LocalStorage, folder: FeatureFolder) -> None:
+def test_claims_end_their_wait_when_they_are_closed(storage: Storage, folder: FeatureFolder) -> None:
     write_lease(storage, 0, pid=1, domain="another boot")
-    with Leases(storage) as leases:
+    with Leases(storage.lease_store()) as leases:
         claims = ShardClaims(folder, (0,), leases, poll_s=60)
         threading.Timer(0.2, claims.close).start()
         started = time.monotonic()
@@ -143,10 +155,10 @@ def test_claims_end_their_wait_when_they_are_closed(storage: LocalStorage, folde
 
 
 def test_a_worker_that_is_alone_goes_in_order_and_skips_what_is_committed(
-    storage: LocalStorage, folder: FeatureFolder
+    storage: Storage, folder: FeatureFolder
 ) -> None:
     commit(folder, 1)
-    with Leases(storage) as leases:
+    with Leases(storage.lease_store()) as leases:
         claims = ShardClaims(folder, range(4), leases)
         assert [claims.next() for _ in range(4)] == [0, 2, 3, None]
         commit(folder, 2)
@@ -156,10 +168,10 @@ def test_a_worker_that_is_alone_goes_in_order_and_skips_what_is_committed(
         assert claims.next() == 0
 
 
-def test_a_shard_waits_for_what_it_is_made_from(storage: LocalStorage) -> None:
+def test_a_shard_waits_for_what_it_is_made_from(storage: Storage) -> None:
     answers, llm = FeatureFolder(storage, "answers", FINGERPRINT), FeatureFolder(storage, "llm", FINGERPRINT)
     commit(answers, 1)
-    with Leases(storage) as leases, Leases(storage) as other:
+    with Leases(storage.lease_store()) as leases, Leases(storage.lease_store()) as other:
         assert other.take(lease_name("answers", FINGERPRINT, 0))
         claims = ShardClaims(llm, (0, 1), leases, needs=[answers], poll_s=0.01)
         assert claims.next() == 1
@@ -172,48 +184,88 @@ def test_a_shard_waits_for_what_it_is_made_from(storage: LocalStorage) -> None:
         assert claims.next() == 0
 
 
-def test_what_nobody_makes_is_not_waited_for(storage: LocalStorage) -> None:
+def test_what_nobody_makes_is_not_waited_for(storage: Storage) -> None:
     answers, llm = FeatureFolder(storage, "answers", FINGERPRINT), FeatureFolder(storage, "llm", FINGERPRINT)
-    with Leases(storage) as leases, pytest.raises(InputError, match=r"shard 0 has no `answers` yet.*answers,llm"):
+    with (
+        Leases(storage.lease_store()) as leases,
+        pytest.raises(InputError, match=r"shard 0 has no `answers` yet.*answers,llm"),
+    ):
         ShardClaims(llm, (0,), leases, needs=[answers]).next()
 
 
-def test_a_worker_that_is_stopped_leaves_no_empty_folder_of_leases(storage: LocalStorage) -> None:
-    with Leases(storage) as leases:
+def test_a_worker_that_is_stopped_leaves_no_empty_folder_of_leases(storage: Storage) -> None:
+    with Leases(storage.lease_store()) as leases:
         assert leases.take(name_of(0))
         _endings.run()
-        assert not (storage.root / "leases").exists()
+        assert "leases" not in storage.list("")
 
 
-def test_a_lease_that_was_taken_over_is_not_dropped_by_its_former_owner(storage: LocalStorage) -> None:
-    with Leases(storage) as slow, Leases(storage) as fast:
+def test_a_lease_that_was_taken_over_is_not_dropped_by_its_former_owner(storage: Storage) -> None:
+    with Leases(storage.lease_store()) as slow, Leases(storage.lease_store()) as fast:
         slow.take(name_of(0))
-        seen = read_lease(storage, name_of(0))
+        seen = read_lease(storage.lease_store(), name_of(0))
         assert seen is not None
-        assert take_over(storage, seen)
+        assert take_over(storage.lease_store(), seen)
         assert fast.take(name_of(0))
         slow.touch()
         slow.drop(name_of(0))
-        after = read_lease(storage, name_of(0))
+        after = read_lease(storage.lease_store(), name_of(0))
         assert after is not None
-        assert after.token != seen.token
+        assert after.owner.token != seen.owner.token
 
 
-def test_a_lease_taken_afresh_meanwhile_goes_back_to_its_owner(storage: LocalStorage) -> None:
+def test_a_lease_taken_afresh_meanwhile_goes_back_to_its_owner(storage: Storage) -> None:
     write_lease(storage, 0, pid=dead_pid(), domain=process_domain())
-    stale = read_lease(storage, name_of(0))
+    stale = read_lease(storage.lease_store(), name_of(0))
     assert stale is not None
-    storage.path(name_of(0)).unlink()
-    with Leases(storage) as fast:
+    assert storage.lease_store().remove(stale.stored)
+    with Leases(storage.lease_store()) as fast:
         fast.take(name_of(0))
-        assert not take_over(storage, stale)
-        assert not Leases(storage).take(name_of(0))
+        assert not take_over(storage.lease_store(), stale)
+        assert not Leases(storage.lease_store()).take(name_of(0))
 
 
-def test_leases_of_processes_that_died_here_are_removed_at_the_start_and_others_stay(storage: LocalStorage) -> None:
+def test_leases_of_processes_that_died_here_are_removed_at_the_start_and_others_stay(storage: Storage) -> None:
     write_lease(storage, 0, pid=dead_pid(), domain=process_domain())
     write_lease(storage, 1, pid=os.getppid(), domain=process_domain(), age_s=HOUR_S)
     write_lease(storage, 2, pid=1, domain="another boot", age_s=HOUR_S)
-    with Leases(storage) as leases:
+    with Leases(storage.lease_store()) as leases:
         leases.remove_abandoned()
-    assert [read_lease(storage, name_of(shard)) is None for shard in range(3)] == [True, False, False]
+    assert [read_lease(storage.lease_store(), name_of(shard)) is None for shard in range(3)] == [True, False, False]
+
+
+def test_a_lease_touched_meanwhile_is_not_taken_over(storage: Storage) -> None:
+    with Leases(storage.lease_store()) as slow:
+        slow.take(name_of(0))
+        make_older(storage, 0, HOUR_S)
+        seen = read_lease(storage.lease_store(), name_of(0))
+        assert seen is not None
+        assert seen.is_stale(storage.now_s())
+        slow.touch()
+        assert not take_over(storage.lease_store(), seen)
+        assert not Leases(storage.lease_store()).take(name_of(0))
+
+
+def test_of_many_workers_that_take_over_one_lease_one_does(storage: Storage) -> None:
+    write_lease(storage, 0, pid=dead_pid(), domain=process_domain())
+    seen = read_lease(storage.lease_store(), name_of(0))
+    assert seen is not None
+    barrier = threading.Barrier(8)
+
+    def try_it(_: int) -> bool:
+        barrier.wait()
+        return take_over(storage.lease_store(), seen)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(try_it, range(8))) == 1
+
+
+def test_what_a_worker_would_wait_for_can_be_asked_without_waiting(storage: Storage, folder: FeatureFolder) -> None:
+    write_lease(storage, 1, pid=1, domain="another boot")
+    with Leases(storage.lease_store(), owner=LeaseOwner(host="a", domain="b", pid=1, token="c"), beats=False) as leases:
+        claims = ShardClaims(folder, (0, 1), leases)
+        assert claims.attempt() == 0
+        assert claims.attempt() == Waiting(1)
+        commit(folder, 1)
+        assert claims.attempt() is None
+        claims.close()

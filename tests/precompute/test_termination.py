@@ -22,7 +22,7 @@ from mimir_shared.storage import LocalStorage
 storage = LocalStorage(Path(sys.argv[1]))
 with working_on(storage):
     child = subprocess.Popen(["sleep", "600"])
-    with when_stopped(child.kill), Leases(storage) as leases, storage.temporary() as temporary:
+    with when_stopped(child.kill), Leases(storage.lease_store()) as leases, storage.temporary() as temporary:
         leases.take(lease_name("t5", "0123456789ab", 7))
         temporary.file.write(b"half of a shard")
         def keep_making_temporaries():

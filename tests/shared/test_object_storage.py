@@ -17,18 +17,10 @@ from mimir_shared.object_storage import ObjectStorage
 from mimir_shared.open_storage import open_storage
 from mimir_shared.storage import LocalStorage, open_folder
 from mimir_shared.storage_protocol import Storage
-from tests.buckets import QUICK, SECRET, environment, new_bucket
+from tests.buckets import QUICK, SECRET, environment
 
 SMALL_PARTS = RequestLimits(part_bytes=50_000, action_s=10.0)
 """So that a file of some kilobytes is read in several requests."""
-
-
-@pytest.fixture
-def bucket(moto_port: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of an empty bucket that the environment leads to."""
-    for name, value in environment(f"http://127.0.0.1:{moto_port}").items():
-        monkeypatch.setenv(name, value)
-    return new_bucket(moto_port)
 
 
 @pytest.fixture(params=["folder", "bucket"])
