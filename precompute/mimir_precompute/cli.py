@@ -11,6 +11,7 @@ from mimir_precompute.cli_options import (
     WHAT,
     WHERE,
     AcceptQuarantineOption,
+    AnswerVariantsOption,
     BucketOption,
     Cache,
     CaptionKeyOption,
@@ -19,13 +20,21 @@ from mimir_precompute.cli_options import (
     DecodeTimeoutOption,
     DecodeWorkersOption,
     FpsOption,
+    GpuOption,
+    InstructionsOption,
     Json,
+    LatentsOption,
     LimitOption,
+    LlmOption,
     MaxQuarantinedOption,
+    ModelsOption,
     PresetOption,
     RemovalsOption,
     SeedOption,
     ShardSizeOption,
+    T5Option,
+    UtilisationOption,
+    VaeOption,
     VideoKeyOption,
     plan_request,
 )
@@ -66,21 +75,40 @@ def plan(
     video_key: VideoKeyOption = "file_name",
     caption_key: CaptionKeyOption = "text",
     accept_removals: RemovalsOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be planned; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be planned and what encoding it will "
+                                          "cost; write nothing.")] = False,
+    gpu: GpuOption = "h100",
+    utilisation: UtilisationOption = 0.4,
+    models: ModelsOption = None,
+    vae: VaeOption = None,
+    t5: T5Option = None,
+    llm: LlmOption = None,
+    latents: LatentsOption = "moments",
+    answer_variants: AnswerVariantsOption = 1,
+    instructions: InstructionsOption = None,
     as_json: Json = False,
-) -> None:
-    """List the clips and put them into shards; on a cache with a plan, append what is new, changed or gone."""
-    from mimir_precompute.commands import run_plan
-    from mimir_precompute.plan import report_json
+) -> None:  # fmt: skip
+    """List the clips and put them into shards; on a cache with a plan, append what is new, changed or gone.
 
-    request = plan_request(preset, bucket, fps, shard_size, seed, accept_removals)
-    _, report = run_plan(clips, cache, request, video_key, caption_key, limit, dry_run=dry_run)
-    if as_json:
-        echo(report_json(report))
-    else:
-        from mimir_precompute.messages import describe_plan
+    The options about models are read for the estimate alone, as `encode` would take them; nothing is downloaded.
+    """
+    from mimir_precompute.plan_command import PlanCommand, run_plan_command
 
-        echo(describe_plan(report, dry_run=dry_run))
+    options = ModelOptions(models=models, vae=vae, t5=t5, llm=llm, stored_latents=latents,
+                           answer_variants=answer_variants, instructions=instructions)  # fmt: skip
+    command = PlanCommand(
+        clips=clips,
+        cache=cache,
+        request=plan_request(preset, bucket, fps, shard_size, seed, accept_removals),
+        limit=limit,
+        video_key=video_key,
+        caption_key=caption_key,
+        dry_run=dry_run,
+        models=options,
+        gpu=gpu,
+        utilisation=utilisation,
+    )
+    echo(run_plan_command(command, as_json=as_json))
 
 
 @app.command()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 WHAT = "What is encoded"
 MODELS = "Models"
 WHERE = "How it is run"
+ESTIMATE = "What it will cost"
 
 Clips = Annotated[
     str,
@@ -133,6 +134,16 @@ InstructionPoolingOption = Annotated[
     str,
     typer.Option("--instruction-pooling", help="An instruction's token: mean or last of its answer, or query: the row "
                  "it is answered from.", rich_help_panel=MODELS),
+]  # fmt: skip
+GpuOption = Annotated[
+    str,
+    typer.Option("--gpu", help="The GPU that hours are estimated for: h100, h200, a100, l40s, …",
+                 rich_help_panel=ESTIMATE),
+]  # fmt: skip
+UtilisationOption = Annotated[
+    float,
+    typer.Option("--utilisation", help="Share of what the GPU's data sheet promises that is reached.", min=0.01, max=1,
+                 rich_help_panel=ESTIMATE),
 ]  # fmt: skip
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=WHERE)]
 DecodeWorkersOption = Annotated[

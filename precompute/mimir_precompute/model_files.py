@@ -165,6 +165,11 @@ def refuse_missing_folder(source: ModelSource) -> None:
         _locate(source)
 
 
+def read_config(folder: Path) -> dict[str, JsonValue]:
+    """The config.json of a model's folder. Raises InputError."""
+    return _read_object(folder / "config.json", f"model folder {folder}", "how large the model is stands there")
+
+
 def _locate(source: ModelSource) -> tuple[Path, str, str | None]:
     """Returns the folder, the name for the identity, and the hub commit."""
     local = Path(source.name).expanduser()

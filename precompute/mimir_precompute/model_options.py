@@ -123,7 +123,7 @@ def model_source(
     needed: bool,
 ) -> ModelSource:
     """Where one model lies: its own option, else --models, else the preset's hub id."""
-    _refuse_missing_models(options.models)
+    refuse_missing_models(options.models)
     own = {"vae": options.vae, "text_encoder": options.t5, "tokenizer": options.t5, "llm": options.llm}[part]
     option = {"vae": "--vae", "text_encoder": "--t5", "tokenizer": "--t5", "llm": "--llm"}[part]
     default = (preset.llm if part == "llm" else preset.models) if preset else None
@@ -159,7 +159,8 @@ def _kind(models: str) -> str:
     )
 
 
-def _refuse_missing_models(models: str | None) -> None:
+def refuse_missing_models(models: str | None) -> None:
+    """Raise InputError where --models is neither a folder nor a hub id."""
     if models is not None and not Path(models).expanduser().is_dir() and not is_hub_id(models):
         raise InputError(
             f"--models {models}: no such folder; expected a folder with vae, text_encoder, tokenizer and llm, or a "

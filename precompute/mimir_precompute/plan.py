@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -249,7 +249,3 @@ def _fits_parquet(kind: pa.DataType) -> bool:
 def _as_json(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if text.isascii() or text_problem(text) is None else json.dumps(value, default=str)
-
-
-def report_json(report: PlanReport) -> str:
-    return json.dumps(asdict(report))

@@ -157,11 +157,17 @@ def test_plan_reports_in_words_and_as_json(capfd: pytest.CaptureFixture[str], to
     arguments = ("plan", toy_clips, "--cache", tmp_path, "--preset", "tiny", "--shard_size", "5")
     code, out, _ = call(capfd, *arguments, "--dry-run", "--json")
     assert code == 0
-    assert json.loads(out) == {
+    document = json.loads(out)
+    estimate = document.pop("estimate")
+    assert (estimate["clips"], estimate["new_clips"], estimate["bucket"]) == (12, 12, "9x64x96")
+    assert document == {
         "clips": 12, "new": 12, "changed": 0, "removed": 0, "unchanged": 0, "missing_files": 0,
         "new_shards": 3, "shards": 3, "written": False,
     }  # fmt: skip
-    assert "12 new" in call(capfd, *arguments)[1]
+    assert "TFLOP/clip" in call(capfd, *arguments, "--dry-run")[1]
+    planned = call(capfd, *arguments)[1]
+    assert "12 new" in planned
+    assert "estimate: 8" in planned
     assert "nothing to plan" in call(capfd, *arguments)[1]
     status = json.loads(call(capfd, "status", tmp_path, "--json")[1])
     nobody = {"workers": [], "clips_per_s": None, "eta_s": None}

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mimir_shared.transformer_flops import COGVIDEOX_2B, COGVIDEOX_5B, forward_flops, training_flops
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
-from mimir_train.model_flops import device_peak_tflops, known_peak_tflops, transformer_sizes
+from mimir_train.model_flops import device_peak_tflops, transformer_sizes
 from mimir_train.presets import preset_document
 
 BATCH, TEXT_TOKENS, LATENT_SIZE = 2, 11, (3, 8, 12)
@@ -59,26 +59,6 @@ def test_sizes_of_the_presets_are_those_that_the_estimates_use() -> None:
         document = preset_document(name)["model"]
         assert isinstance(document, dict)
         assert transformer_sizes(DiTConfig(**document["transformer"])) == sizes
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA H200 NVL", 835.0),
-        ("NVIDIA H20", 148.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A10", 125.0),
-        ("NVIDIA L40S", 362.05),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA A10G", None),
-        ("Tesla V100-SXM2-16GB", None),
-    ],
-)
-def test_a_device_is_found_by_its_own_name_and_no_other(name: str, tflops: float | None) -> None:
-    assert known_peak_tflops(name) == tflops
 
 
 def test_without_a_known_peak_there_is_none_unless_it_is_stated() -> None:
