@@ -55,9 +55,9 @@ def test_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
     assert b"".join(buffers) == data
 
 
-@pytest.mark.parametrize("sizes", [[10], [300_000, 5, 0, 700_000], [262_144, 262_144], [1] * 700, [0, 0]])
+@pytest.mark.parametrize("sizes", [[10], [1_200_000, 5, 0, 2_800_000], [1 << 20, 1 << 20], [1] * 700, [0, 0]])
 def test_who_watches_sees_every_byte_once_and_in_order(tmp_path: Path, sizes: list[int]) -> None:
-    data = file_of(tmp_path, "a", 1_100_000)
+    data = file_of(tmp_path, "a", 4_100_000)
     watched = bytearray()
     buffers = [memoryview(bytearray(size)) for size in sizes]
     count = LocalStorage(tmp_path).read_into("a", 17, buffers, watched.extend)
@@ -66,12 +66,12 @@ def test_who_watches_sees_every_byte_once_and_in_order(tmp_path: Path, sizes: li
 
 
 def test_who_watches_is_not_shown_what_a_short_file_does_not_have(tmp_path: Path) -> None:
-    data = file_of(tmp_path, "a", 600_000)
+    data = file_of(tmp_path, "a", 2_400_000)
     watched = bytearray()
-    buffer = memoryview(bytearray(900_000))
-    assert LocalStorage(tmp_path).read_into("a", 0, [buffer], watched.extend) == 600_000
-    assert watched == data[: 512 << 10]
-    assert bytes(buffer[:600_000]) == data
+    buffer = memoryview(bytearray(3_600_000))
+    assert LocalStorage(tmp_path).read_into("a", 0, [buffer], watched.extend) == 2_400_000
+    assert watched == data[: 2 << 20]
+    assert bytes(buffer[:2_400_000]) == data
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -21,9 +21,14 @@ class VariantChoice:
     seed: int = 0
     num_variants: int = 1
 
+    @property
+    def is_one(self) -> bool:
+        """Whether every clip's is the first in every epoch."""
+        return self.policy == "fixed" or self.num_variants == 1
+
     def of(self, epoch: int, keys: Sequence[str]) -> tuple[int, ...]:
         """The variant of each clip."""
-        if self.policy == "fixed" or self.num_variants == 1:
+        if self.is_one:
             return (0,) * len(keys)
         if self.policy == "cycle":
             return tuple((epoch + self._draw(f"cycle/{key}")) % self.num_variants for key in keys)

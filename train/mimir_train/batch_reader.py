@@ -55,9 +55,9 @@ class HostBatch:
         return torch.arange(self.tensors[name].shape[1]) < self.lengths[name][:, None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Place:
-    """Where a tensor of the batch lies in its slot."""
+    """Where a tensor of the batch lies in its slot. Not frozen, for a frozen one costs four times as much to make."""
 
     request: TensorRequest
     dtype: DType
@@ -65,12 +65,9 @@ class _Place:
     offset: int
     stride: int
     """Bytes from clip to clip."""
+    end: int
     lengths: list[int] | None
     """Rows of each clip; None for a tensor that is never padded."""
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.shape[0] * self.stride
 
 
 class PendingBatch:
@@ -85,7 +82,11 @@ class PendingBatch:
         self._columns = columns
         self._places = places
         self._variants = tuple(variants)
+        self._places_of_variant = {
+            variant: {place.request.stored_name(variant): place for place in places} for variant in set(variants)
+        }
         self._slot = slot
+        self._memory = slot.data
         self._verify = verify
         self._scratch = scratch
 
@@ -95,13 +96,12 @@ class PendingBatch:
 
     def do(self, part: int) -> None:
         number = self.numbers[part]
-        memory = self._slot.data
-        places = {place.request.stored_name(self._variants[part]): place for place in self._places}
+        places = self._places_of_variant[self._variants[part]]
         for column in self._columns:
             buffers = []
             unwanted = 0
             for tensor in column.tensors:
-                nbytes = int(tensor.nbytes[number])
+                nbytes = tensor.nbytes.item(number)
                 place = places.get(tensor.name)
                 if place is None:
                     # read all the same: it lies between the others, and the hash is over all of them
@@ -109,7 +109,7 @@ class PendingBatch:
                     unwanted += nbytes
                     continue
                 start = place.offset + part * place.stride
-                buffers.append(memory[start : start + nbytes])
+                buffers.append(self._memory[start : start + nbytes])
                 if nbytes < place.stride:
                     self._slot[start + nbytes : start + place.stride] = 0
             column.read_into(number, buffers, verify=self._verify)
@@ -215,19 +215,20 @@ def _places(
     """Cut a slot into the tensors of a batch."""
     places = []
     end = 0
+    rows_of_index = np.array(numbers)
     for request, columns in wanted:
         tensor = columns[0]
         if len(columns) == 1:
-            shapes = tensor.shape[np.asarray(numbers)].tolist()
+            shapes = tensor.shape[rows_of_index].tolist()
         else:
             shapes = [columns[v].shape[number].tolist() for number, v in zip(numbers, variants, strict=True)]
         first, *inner = shapes[0]
-        assert all(dims[1:] == inner for dims in shapes), f"{tensor.name}: clips of {shapes} in one batch"
-        rows, lengths = first, None
-        if tensor.is_ragged or request.num_rows is not None:
-            lengths = [dims[0] for dims in shapes]
-            rows = request.num_rows or max(*lengths, 1)
-        assert all(dims[0] <= rows for dims in shapes), f"{tensor.name}: {shapes} for {rows} rows"
+        lengths = [dims[0] for dims in shapes]
+        is_padded = tensor.is_ragged or request.num_rows is not None
+        rows = request.num_rows or (max(*lengths, 1) if is_padded else first)
+        assert max(lengths) <= rows, f"{tensor.name}: {shapes} for {rows} rows"
+        if inner:
+            assert all(dims[1:] == inner for dims in shapes), f"{tensor.name}: clips of {shapes} in one batch"
         stride = rows * math.prod(inner) * NUMPY_DTYPES[tensor.dtype].itemsize
         place = _Place(
             request=request,
@@ -235,7 +236,8 @@ def _places(
             shape=(len(numbers), rows, *inner),
             offset=end,
             stride=stride,
-            lengths=lengths,
+            end=end + len(numbers) * stride,
+            lengths=lengths if is_padded else None,
         )
         end = -(-place.end // _ALIGNMENT) * _ALIGNMENT
         places.append(place)

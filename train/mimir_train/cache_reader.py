@@ -41,9 +41,8 @@ class Cache(SnapshotReader):
 
     def clip_number(self, bucket: str, place: ClipPlace) -> int:
         """The index number of a clip that an order names."""
-        shards, first, _ = self._shards_of_bucket[bucket]
-        position = int(np.searchsorted(shards, place.shard))
-        number = int(self.clips.numbers_of_bucket[bucket][first[position] + place.number])
+        first = self._first_of_shard[bucket][place.shard]
+        number = self.clips.numbers_of_bucket[bucket].item(first + place.number)
         assert self.clips.shards[number] == place.shard, f"{place} of {bucket}"
         return number
 
@@ -94,6 +93,14 @@ class Cache(SnapshotReader):
             features=self.features if features is None else features, held_out=held_out,
             shards_per_block=shards_per_block, options=options or ReadOptions(),
         )  # fmt: skip
+
+    @cached_property
+    def _first_of_shard(self) -> dict[str, dict[int, int]]:
+        """bucket → shard → where its clips begin in the numbers of the bucket's clips."""
+        return {
+            name: dict(zip(shards.tolist(), first.tolist(), strict=True))
+            for name, (shards, first, _) in self._shards_of_bucket.items()
+        }
 
     @cached_property
     def _shards_of_bucket(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:

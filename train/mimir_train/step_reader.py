@@ -126,7 +126,9 @@ class StepReader:
 
     def _start(self, share: _Share) -> tuple[_Share, PendingBatch]:
         verify = self._options.verify == "always" or (self._options.verify == "first-epoch" and share.epoch == 0)
-        variants = self._variants.of(share.epoch, [self._cache.clip(number).key for number in share.numbers])
+        variants: tuple[int, ...] = ()
+        if not self._variants.is_one:  # keys are only looked up where they decide
+            variants = self._variants.of(share.epoch, [self._cache.clip(number).key for number in share.numbers])
         return share, self.reader.start(share.numbers, verify=verify, variants=variants)
 
     def _finish(self, share: _Share, pending: PendingBatch) -> tuple[_Share, PendingBatch]:
