@@ -4,6 +4,7 @@ A clip's latents follow from its caption, so that there is something to learn; e
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,6 +248,15 @@ def resumed_config(run: Path, resume: str = "latest", **settings: object) -> Tra
     return build_config(
         RunRequest(preset=None, output_dir=run, config_file=None, assignments=(), flags=flags, resume=resume)
     )
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl, one a step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics_of(run)]
 
 
 def place_of(cache: Cache, number: int, feature: str = "t5") -> tuple[Path, int]:

@@ -1,24 +1,18 @@
 """Several processes train as one does. Gloo on the CPU; each test starts two ranks by torchrun."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mimir_precompute.encoders.base import Encoded
 from mimir_train.loop import train
 from tests.programs import environment
-from tests.train.caches import CHANNELS, VIDEO, bf16, build_cache, make_feature, tiny_config
+from tests.train.caches import CHANNELS, VIDEO, bf16, build_cache, make_feature, metrics_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def torchrun(config_of: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:

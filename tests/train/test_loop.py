@@ -16,14 +16,11 @@ from mimir_shared.errors import CacheError, InputError, NonFiniteLossError
 from mimir_shared.fingerprint import differences
 from mimir_train.cache_reader import open_cache
 from mimir_train.checkpoint import read_checkpoint_info
-from mimir_train.config import OptimizerConfig
 from mimir_train.config_document import overlay, train_config
 from mimir_train.fit import fit
 from mimir_train.loop import TrainOutcome, train
-from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig
+from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
-from mimir_train.model.fuser import TokenFuser
-from mimir_train.optimizer import build_optimizer, rate_factor
 from mimir_train.order import TrainingOrder
 from mimir_train.presets import preset_document
 from mimir_train.transformer_folder import save_transformer
@@ -34,20 +31,14 @@ from tests.train.caches import (
     VIDEO,
     bf16,
     build_cache,
+    losses_of,
     make_feature,
+    metrics_of,
     resumed_config,
     tiny_config,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(run: Path) -> list[float]:
-    return [line["loss"] for line in metrics_of(run)]
 
 
 def tensors_of(outcome: TrainOutcome) -> dict[str, torch.Tensor]:
@@ -376,34 +367,3 @@ def test_latents_of_a_known_vae_must_be_scaled_as_it_says(tmp_path: Path) -> Non
 def test_an_initial_transformer_that_is_not_there_is_refused(small_cache: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"--init-from {name}: expected a diffusers folder, a hub id"):
         train(tiny_config(small_cache, tmp_path / "run", model__init_from=name, model__fit_to_cache=False))
-
-
-# --- the optimizer ------------------------------------------------------------------------------------------------
-
-
-def test_matrices_decay_and_the_two_parts_have_their_own_rates() -> None:
-    dit = DiT(DiTConfig(num_attention_heads=1, attention_head_dim=16, num_layers=1, in_channels=4, out_channels=4))
-    fuser = TokenFuser(FuserConfig(switches=FUSERS["mimir"], t5_rms=1.0, text_width=16, llm_width=12))
-    optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-5, fuser_learning_rate=1e-4), dit, fuser)
-    groups = [(g["part"], g["lr"], g["weight_decay"], {p.ndim for p in g["params"]}) for g in optimizer.param_groups]
-    assert [group[:3] for group in groups] == [
-        ("dit", 1e-5, 1e-4), ("dit", 1e-5, 0.0), ("fuser", 1e-4, 1e-4), ("fuser", 1e-4, 0.0)
-    ]  # fmt: skip
-    assert groups[0][3] == {2, 4}
-    assert groups[1][3] == {1}
-    plain = optimizer.param_groups[3]["params"]
-    assert any(p is fuser.stabilizer_offsets for p in plain)
-    assert any(p is fuser.decoder_scale for p in plain)
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(grouped) == len([*dit.parameters(), *fuser.parameters()])
-
-
-def test_rates_rise_and_then_stay_or_fall() -> None:
-    constant = OptimizerConfig(learning_rate=1, fuser_learning_rate=1, warmup_steps=3)
-    assert [rate_factor(constant, step, 100) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    cosine = OptimizerConfig(learning_rate=1, fuser_learning_rate=1, warmup_steps=2, schedule="cosine")
-    factors = [rate_factor(cosine, step, 10) for step in range(10)]
-    assert factors[2] == 1.0
-    assert factors[6] == pytest.approx(0.5)
-    assert factors[2:] == sorted(factors[2:], reverse=True)
-    assert rate_factor(cosine, 10, 10) == pytest.approx(0.0)

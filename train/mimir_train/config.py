@@ -17,7 +17,7 @@ OnBadSample = Literal["error", "substitute"]
 AnswerVariant = Literal["fixed", "cycle", "random"]
 TextAlign = Literal["index", "char_offset"]
 EmptyText = Literal["zeros", "cached"]
-Schedule = Literal["constant", "cosine"]
+Schedule = Literal["constant", "cosine", "linear", "wsd"]
 Precision = Literal["float32", "bfloat16"]
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -139,9 +139,14 @@ class OptimizerConfig:
     """Of the transformer."""
     fuser_learning_rate: float
     schedule: Schedule = "constant"
-    """What follows the warm-up: a constant rate, or half a cosine down to zero at max_train_steps."""
+    """What follows the warm-up: a constant rate; half a cosine or a line that ends with max_train_steps; or wsd, a
+    constant rate that falls in a line over the last decay_steps."""
     warmup_steps: int = 0
     """Steps in which the rates rise from zero."""
+    decay_steps: int | None = None
+    """Of wsd; None: a fifth of max_train_steps."""
+    final_rate_share: float = 0.0
+    """What cosine, linear and wsd end at, as a share of the rates above."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -157,6 +162,13 @@ class OptimizerConfig:
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
         _require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", self.warmup_steps)
+        choices = get_args(Schedule)
+        _require(self.schedule in choices, "--lr-scheduler", f"one of {', '.join(choices)}", repr(self.schedule))
+        decay, share = self.decay_steps, self.final_rate_share
+        _require(decay is None or decay >= 1, "optimizer.decay_steps", "at least 1", decay)
+        _require(0 <= share < 1, "optimizer.final_rate_share", "from 0 to below 1", share)
+        if decay is not None and self.schedule != "wsd":
+            raise InputError(f"--lr-decay-steps {decay}: only --lr-scheduler wsd takes it, not {self.schedule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +179,7 @@ class RunConfig:
     seed: int = 42
     """Of the order, of every draw of a step, and of the first weights."""
     max_train_steps: int
-    """Steps of the whole training; the cosine schedule ends here."""
+    """Steps of the whole training; what falls of the learning rates ends here."""
     stop_at_step: int | None = None
     """Save and leave after so many steps, to go on later."""
     checkpointing_steps: int = 500
@@ -223,4 +235,10 @@ class TrainConfig:
             raise InputError(
                 f"model.fit_to_cache changes the sizes of a transformer made from scratch, and --init-from "
                 f"{self.model.init_from} has its own: set model.fit_to_cache=false"
+            )
+        decay, warmup, steps = self.optimizer.decay_steps, self.optimizer.warmup_steps, self.run.max_train_steps
+        if decay is not None and warmup + decay > steps:
+            raise InputError(
+                f"--lr-decay-steps {decay}: with {warmup} steps of warm-up before it, it does not fit into "
+                f"--max-train-steps {steps}"
             )

@@ -18,6 +18,7 @@ from mimir_shared.fingerprint import differences, fingerprint
 from mimir_shared.plain_documents import parse_yaml
 from mimir_shared.redaction import hide_address_secrets, holds_address_secret
 from mimir_train.config import TrainConfig
+from mimir_train.learning_rate import ENDS_WITH_THE_RUN
 
 Document = dict[str, Any]
 """What YAML reads: its values have any plain type."""
@@ -155,7 +156,7 @@ def refuse_other_training(old: TrainConfig, new: TrainConfig, where: str) -> Non
 
 def deciding_settings(config: TrainConfig) -> Document:
     """The settings that change what is trained: all but FREE_ON_RESUME."""
-    free = FREE_ON_RESUME - ({"run.max_train_steps"} if config.optimizer.schedule == "cosine" else set())
+    free = FREE_ON_RESUME - ({"run.max_train_steps"} if config.optimizer.schedule in ENDS_WITH_THE_RUN else set())
     document = to_document(config)
     return {
         section: {name: value for name, value in values.items() if f"{section}.{name}" not in free}

@@ -26,11 +26,12 @@ from mimir_train.cache_reader import Cache, newer_plan, open_cache
 from mimir_train.checkpoint import remove_old_checkpoints, save_checkpoint
 from mimir_train.config import TrainConfig
 from mimir_train.fit import FittedRun, describe_fit, fit
+from mimir_train.learning_rate import describe_rates, rate_factor
 from mimir_train.metrics import open_metrics
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import NoiseSchedule
-from mimir_train.optimizer import build_optimizer, optimizer_tensors, rate_factor, set_rates
+from mimir_train.optimizer import build_optimizer, optimizer_tensors, set_rates
 from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
@@ -320,7 +321,8 @@ def is_due(steps_done: int, every: int, last_step: int) -> bool:
 
 def say_what_is_trained(console: Console, fitted: FittedRun, cache: Cache, order: TrainingOrder) -> None:
     newer = newer_plan(cache)
-    for line in [*([f"note: {newer}"] if newer else []), *describe_fit(fitted, cache), *order.describe()]:
+    notes = [f"note: {newer}"] if newer else []
+    for line in [*notes, *describe_fit(fitted, cache), describe_rates(fitted.config), *order.describe()]:
         console.print(line, soft_wrap=True)
 
 

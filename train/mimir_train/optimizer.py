@@ -1,6 +1,5 @@
 """AdamW over transformer and fuser, its learning rates by step, and its state as named tensors."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -27,18 +26,13 @@ def build_optimizer(config: OptimizerConfig, dit: nn.Module, fuser: nn.Module) -
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Matrices are drawn towards zero; norms, biases, scales and the stabilizer's offsets are not."""
+    """Matrices are drawn towards zero; norms, biases, scales and the stabilizer's offsets are not.
+
+    The fuser's zero-initialised maps are: for them zero is where training starts, the model that knows T5 alone, so
+    decay only asks the new branches to earn their size. There are no tables of embeddings in either model; the maps
+    that bring patches, text and time to the model's width are matrices like the others.
+    """
     return parameter.ndim >= 2 and not name.endswith("stabilizer_offsets")
-
-
-def rate_factor(config: OptimizerConfig, step: int, max_train_steps: int) -> float:
-    """What the learning rates of step `step` (0 is the first) are multiplied by."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(max_train_steps - config.warmup_steps, 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

@@ -16,6 +16,7 @@ from mimir_train.checkpoint import (
     find_checkpoint,
     is_checkpoint_folder,
     list_checkpoints,
+    read_checkpoint_info,
     step_folder_name,
 )
 from mimir_train.config import TrainConfig
@@ -26,6 +27,7 @@ from mimir_train.config_document import (
     train_config,
     write_document,
 )
+from mimir_train.learning_rate import refuse_other_rates
 
 CONFIG_NAME: Final = "config.yaml"
 METRICS_NAME: Final = "metrics.jsonl"
@@ -95,8 +97,11 @@ def open_run(config: TrainConfig, resume: str | None, say: Callable[[str], None]
         say(f"{path}: no checkpoint to go on from; this is a new training")
         return RunFolder(path=path, checkpoint=None)
     run = resumed_run(path, resume)
-    refuse_other_training(train_config(settings), config, str(run / CONFIG_NAME))
-    return RunFolder(path=path, checkpoint=_checkpoint(run, resume, say))
+    began_with = train_config(settings)
+    refuse_other_training(began_with, config, str(run / CONFIG_NAME))
+    checkpoint = _checkpoint(run, resume, say)
+    refuse_other_rates(began_with, config, read_checkpoint_info(checkpoint, parts=()).step, str(checkpoint))
+    return RunFolder(path=path, checkpoint=checkpoint)
 
 
 def _checkpoint(run: Path, resume: str, say: Callable[[str], None]) -> Path:
