@@ -9,7 +9,6 @@ from mimir_precompute.convert import ConvertOutcome
 from mimir_precompute.diff import CacheDifference
 from mimir_precompute.gc import GcReport
 from mimir_precompute.merge import MergeOutcome
-from mimir_precompute.pace import describe_duration
 from mimir_precompute.pipeline import EncodeOutcome
 from mimir_precompute.plan import PlanReport
 from mimir_precompute.quarantine import QuarantinedClip
@@ -21,7 +20,7 @@ from mimir_precompute.verify import Problem, VerifyReport
 from mimir_precompute.workers import SeenWorker
 from mimir_shared.features import FEATURES
 from mimir_shared.snapshot import Snapshot
-from mimir_shared.wording import counted, format_size
+from mimir_shared.wording import counted, describe_duration, format_size
 
 _LEDGER_LINES = 50
 

@@ -45,17 +45,3 @@ def time_left_s(clips_left: int, clips_per_s: float | None) -> float | None:
     if clips_left <= 0:
         return 0.0
     return clips_left / clips_per_s if clips_per_s else None
-
-
-def describe_duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3 h 05 min", "2 d 4 h": as exact as it is of use."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h"

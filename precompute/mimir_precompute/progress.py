@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from mimir_precompute.pace import RecentRate, describe_duration, rate_together, time_left_s
+from mimir_precompute.pace import RecentRate, rate_together, time_left_s
 from mimir_precompute.termination import when_stopped
 from mimir_precompute.workers import (
     BEAT_S,
@@ -31,7 +31,7 @@ from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FeatureName
 from mimir_shared.redaction import hide_secrets
 from mimir_shared.storage import LocalStorage
-from mimir_shared.wording import counted, format_size
+from mimir_shared.wording import counted, describe_duration, format_size
 
 _LINE_EVERY_S = 10.0
 _BAR_EVERY_S = 0.5

@@ -1,4 +1,4 @@
-"""Numbers in sentences: how many of something, and how large."""
+"""Numbers in sentences: how many of something, how large, how long."""
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -20,3 +20,17 @@ def format_size(nbytes: float) -> str:
         size, unit = size / 1000, unit + 1
     digits = 0 if unit == 0 or size >= 100 else (1 if size >= 10 else 2)
     return f"{size:.{digits}f} {_UNITS[unit]}"
+
+
+def describe_duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3 h 05 min", "2 d 4 h": as exact as it is of use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"

@@ -26,7 +26,8 @@ def torchrun(config_of: Path, output: Path, *options: str) -> subprocess.Complet
 
 def test_two_ranks_give_the_losses_of_one_process(small_cache: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
-    settings = {"data__validation_shards": 1, "run__validation_steps": 10, "run__max_train_steps": 20}
+    settings = {"data__validation_shards": 1, "run__validation_steps": 10, "run__max_train_steps": 20,
+                "run__validation_samples": 2, "run__validation_clips": 6}  # fmt: skip
     train(tiny_config(small_cache, one, **settings))
     # micro-batches of two: gradients are exchanged once a step, after both
     done = torchrun(one / "config.yaml", tmp_path / "two", "--micro-batch-size", "2")
@@ -37,6 +38,10 @@ def test_two_ranks_give_the_losses_of_one_process(small_cache: Path, tmp_path: P
         assert other["loss"] == pytest.approx(line["loss"], abs=1e-5)
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
         assert other.get("validation/loss") == pytest.approx(line.get("validation/loss"), abs=1e-5)
+    one_rank, two_ranks = ([line["tokens_per_s"] * line["step_s"] for line in lines] for lines in (expected, found))
+    assert two_ranks == pytest.approx(one_rank)
+    assert {line["slowest_rank"] for line in found} <= {0, 1}
+    assert all(line["slowest_rank_s"] >= line["fastest_rank_s"] > 0 for line in found)
     assert done.stderr.count("clips in 1 bucket,") == 1  # one rank speaks
     assert "nothing to do" not in done.stdout + done.stderr
 

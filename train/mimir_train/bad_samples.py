@@ -12,7 +12,7 @@ from typing import Final
 from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_train.cache_reader import Cache
-from mimir_train.metrics import JsonLines
+from mimir_train.json_lines import JsonLines
 from mimir_train.order import TrainingOrder
 
 MAX_ATTEMPTS: Final = 100

@@ -200,6 +200,8 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision
     """In which the model computes; weights and optimizer are float32 always."""
+    peak_tflops: float | None = None
+    """10^12 operations a second of one device at its best, that MFU is a share of; None: the data sheet's, if known."""
 
     def __post_init__(self) -> None:
         _require(self.max_train_steps >= 1, "--max-train-steps", "at least 1", self.max_train_steps)
@@ -207,6 +209,8 @@ class RunConfig:
         _require(stop is None or stop >= 1, "--stop-at-step", "at least 1", stop)
         for name in ("checkpointing_steps", "validation_steps", "validation_clips", "fuser_figures_steps"):
             _require(getattr(self, name) >= 1, f"run.{name}", "at least 1", getattr(self, name))
+        peak = self.peak_tflops
+        _require(peak is None or peak > 0, "run.peak_tflops", "positive", peak)
         _require(self.validation_samples >= 0, "run.validation_samples", "at least 0", self.validation_samples)
         limit = self.checkpoints_total_limit
         _require(limit is None or limit >= 1, "--checkpoints-total-limit", "at least 1", limit)

@@ -42,6 +42,8 @@ FREE_ON_RESUME: Final = frozenset(
         "run.checkpoints_total_limit",
         "run.validation_steps",
         "run.validation_clips",
+        "run.validation_samples",
+        "run.peak_tflops",
         "run.fuser_figures_steps",
         "run.report_to",
         "run.device",

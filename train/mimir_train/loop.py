@@ -27,7 +27,7 @@ from mimir_train.checkpoint import remove_old_checkpoints, save_checkpoint
 from mimir_train.config import TrainConfig
 from mimir_train.fit import FittedRun, describe_fit, fit
 from mimir_train.learning_rate import describe_rates, rate_factor
-from mimir_train.metrics import open_metrics
+from mimir_train.metrics import check_reporters, open_metrics
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import NoiseSchedule
@@ -36,8 +36,9 @@ from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
 from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
+from mimir_train.step_figures import StepMeter, fuser_figures
 from mimir_train.step_reader import ReadOptions
-from mimir_train.step_report import RankReport, StepReport, exchange, refuse_non_finite
+from mimir_train.step_report import RankReport, exchange, refuse_non_finite
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
 from mimir_train.transformer_folder import load_transformer
 from mimir_train.validation import ValidationSet, find_validation_set, validate
@@ -70,6 +71,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
     with start_parallel(config.run.device) as parallel, catch_sigterm() as stop:
         console = Console(stderr=True, highlight=False, quiet=not parallel.is_first)
         say = partial(console.print, markup=False, soft_wrap=True)
+        check_reporters(config.run.report_to)
         run = open_run(config, resume, say)
         data = config.data
         cache = open_cache(
@@ -88,16 +90,16 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
             run.write_config(fitted.config)
 
         checkpoint, steps_done, stopped = None, first_step, False
-        with closing(open_bad_samples(trainer, run, first_step, say)) as bad_samples, open_metrics(
-            run.path, config.run.report_to, console, first_step=first_step, last_step=last_step,
-            is_first=parallel.is_first,
-        ) as sinks:  # fmt: skip
+        with (
+            closing(open_bad_samples(trainer, run, first_step, say)) as bad_samples,
+            open_metrics(run.path, fitted.config, console, first_step=first_step, is_first=parallel.is_first) as sinks,
+        ):
             for batch, data_wait_s in timed(trainer.loader.batches(first_step, last_step)):
                 started = time.perf_counter() - data_wait_s
                 factor = rate_factor(config.optimizer, batch.step, config.run.max_train_steps)
                 rates = set_rates(trainer.optimizer, factor)
 
-                clip_losses = accumulate_gradients(trainer, batch)
+                clip_losses, forward_s = accumulate_gradients(trainer, batch)
                 grad_norm = clip_gradients(trainer)
                 report = exchange(
                     parallel,
@@ -106,6 +108,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                         attempts=batch.attempts,
                         grad_norm=grad_norm,
                         stop_requested=stop.requested,
+                        load=trainer.meter.load(batch, data_wait_s=data_wait_s, forward_s=forward_s),
                     ),
                 )
                 num_bad = bad_samples.note(batch.step, report.attempts)
@@ -114,10 +117,10 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 trainer.optimizer.zero_grad(set_to_none=True)
 
                 steps_done = batch.step + 1
-                figures = step_figures(batch, report, rates, time.perf_counter() - started, data_wait_s)
+                figures = trainer.meter.figures(batch, report, rates, time.perf_counter() - started)
                 figures |= {"bad_samples": num_bad} if num_bad else {}
                 if batch.step % config.run.fuser_figures_steps == 0:
-                    figures |= fuser_figures(trainer, batch)
+                    figures |= fuser_figures(trainer.model.fuser, batch, parallel)
                 if trainer.validation is not None and is_due(steps_done, config.run.validation_steps, last_step):
                     figures |= validate(trainer.validation, trainer.model, trainer.objective, parallel, batch.step)
                     sample_validation(trainer, trainer.validation, run, steps_done)
@@ -150,6 +153,7 @@ class Trainer:
     objective: Objective
     loader: BatchLoader
     validation: ValidationSet | None
+    meter: StepMeter
 
 
 def build_order(fitted: FittedRun, cache: Cache, parallel: Parallel) -> TrainingOrder:
@@ -214,6 +218,7 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, paralle
         objective=objective,
         loader=loader,
         validation=validation,
+        meter=StepMeter(config, layout, fitted.fuser, parallel),
     )
 
 
@@ -234,21 +239,24 @@ def build_transformer(fitted: FittedRun) -> DiT:
     return load_transformer(fitted.initial.folder, dtype=torch.float32)
 
 
-def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[float, ...]:
+def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[tuple[float, ...], float]:
     """Forward and backward over this rank's clips, a micro-batch at a time.
 
-    Returns: the loss of each clip. Gradients are of their mean over the global batch, once ranks are averaged.
+    Returns: the loss of each clip, and the seconds until the last forward was done. Gradients are of the losses' mean
+        over the global batch, once ranks are averaged.
     """
     losses: list[Tensor] = []
+    started, forward_s = time.perf_counter(), 0.0
     parts = list(batch.micro_batches(trainer.fitted.config.data.micro_batch_size))
     for part in parts:
         with average_gradients(trainer.wrapped, now=part is parts[-1]), peer_faults():
             clip_loss = clip_losses(
                 trainer.wrapped, trainer.model.fuser_config, trainer.objective, part.to(trainer.parallel.device)
             )
+            forward_s = time.perf_counter() - started
             (clip_loss.sum() / len(batch.clips)).backward()  # type: ignore[no-untyped-call]
         losses.append(clip_loss.detach())
-    return tuple(torch.cat(losses).tolist())
+    return tuple(torch.cat(losses).tolist()), forward_s
 
 
 @contextmanager
@@ -265,38 +273,14 @@ def clip_gradients(trainer: Trainer) -> float:
     return float(nn.utils.clip_grad_norm_(trainer.model.parameters(), limit))
 
 
-def step_figures(
-    batch: TrainingBatch, report: StepReport, rates: dict[str, float], step_s: float, data_wait_s: float
-) -> dict[str, float | int | str]:
-    """What metrics.jsonl says of every step. `step_s` has the wait for data in it, `data_wait_s` of the first rank."""
-    return {
-        "step": batch.step,
-        "epoch": batch.epoch,
-        "bucket": batch.bucket,
-        "loss": report.loss,
-        "grad_norm": report.grad_norm,
-        "lr": rates["dit"],
-        **({"lr_fuser": rates["fuser"]} if "fuser" in rates else {}),
-        "step_s": step_s,
-        "data_wait_s": data_wait_s,
-        "samples_per_s": len(batch.clips) * len(report.ranks) / step_s,
-    }
-
-
-@torch.no_grad()
-def fuser_figures(trainer: Trainer, batch: TrainingBatch) -> dict[str, float]:
-    """Norms and shares of the fuser's branches, on this rank's clips; {} for a fuser without parameters."""
-    if not trainer.parallel.is_first:
-        return {}
-    text = batch.to(trainer.parallel.device).text
-    return {f"fuser/{name}": value for name, value in trainer.model.fuser.figures(text.t5_embeds, text.llm).items()}
-
-
 def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolder, steps_done: int) -> None:
-    """Write latents for `mimir-train decode`, where that is asked for; the first rank does it for all."""
+    """Write latents for `mimir-train decode`, where that is asked for."""
     limit = trainer.fitted.config.run.validation_samples
-    if limit and trainer.parallel.is_first:
-        write_validation_samples(run.path, validation, trainer.model, trainer.objective, steps_done, limit)
+    if limit:
+        write_validation_samples(
+            run.path, validation, trainer.model, trainer.objective, steps_done=steps_done, limit=limit,
+            is_first=trainer.parallel.is_first,
+        )  # fmt: skip
 
 
 def save(trainer: Trainer, run: RunFolder, steps_done: int) -> Path | None:

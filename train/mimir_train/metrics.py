@@ -1,24 +1,29 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard, wandb, and a line for the person who watches."""
+"""Who gets the figures of a run while it goes: metrics.jsonl, TensorBoard, wandb, and the person who watches."""
 
-import json
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import importlib.util
+import secrets
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mimir_shared.errors import CacheError, InputError
+from mimir_shared.errors import InputError, MachineError
 from mimir_shared.storage import machine_faults
-from mimir_train.config import Reporter
-
-_LINE_EVERY_S = 10.0
-_NOT_PLOTTED = ("step", "epoch", "bucket")
+from mimir_train.config import Reporter, TrainConfig
+from mimir_train.config_document import to_document
+from mimir_train.console_line import ConsoleLine
+from mimir_train.json_lines import JsonLines
+from mimir_train.run_folder import METRICS_NAME, TENSORBOARD_NAME
 
 Figures = Mapping[str, float | int | str]
 """One step's: step, epoch, loss and so on."""
+
+WANDB_ID_NAME: Final = "wandb-id"
+"""File of a run with its name at wandb, so that a run that goes on is the same one there."""
+
+_NOT_PLOTTED = ("step", "bucket")
 
 
 class Sink(Protocol):
@@ -29,120 +34,91 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class JsonLines:
-    """metrics.jsonl: one object a step. Lines of steps that are trained again are dropped first."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        with machine_faults(f"{path}: writing"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _read_lines(path) if line["step"] < first_step]
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(path)
-            self._path = path
-            self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-
-    def add(self, figures: Figures) -> None:
-        with machine_faults(f"{self._path}: writing"):
-            self._file.write(json.dumps(figures, allow_nan=False) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class TensorBoard:
+    """RUN/tensorboard, read by `tensorboard --logdir RUN`."""
+
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, figures: Figures) -> None:
-        for name, value in figures.items():
-            if name not in _NOT_PLOTTED:
-                self._writer.add_scalar(name, value, figures["step"])
+        for name, value in _plotted(figures).items():
+            self._writer.add_scalar(name, value, figures["step"])
 
     def close(self) -> None:
         self._writer.close()
 
 
 class Wandb:
-    def __init__(self, run: Path) -> None:
+    """Weights & Biases; with WANDB_MODE=offline in RUN/wandb, for `wandb sync` later."""
+
+    def __init__(self, run: Path, config: TrainConfig) -> None:
+        import wandb  # no dependency: who wants it installs it
+
         try:
-            import wandb  # type: ignore[import-not-found,unused-ignore]  # no dependency: who wants it installs it
-        except ImportError as fault:
-            raise InputError("--report-to wandb: it is not installed; `pip install wandb`, or leave it out") from fault
-        self._run: Any = wandb.init(project="mimir", name=run.name, dir=str(run))
+            self._run: Any = wandb.init(
+                project="mimir",
+                name=run.name,
+                dir=str(run),
+                id=_wandb_id(run),
+                resume="allow",
+                config=to_document(config),
+                settings=wandb.Settings(console="off"),  # what we print is no log of theirs
+            )
+        except wandb.errors.UsageError as fault:
+            raise InputError(
+                f"--report-to wandb: {' '.join(str(fault).split())}; or set WANDB_MODE=offline, and `wandb sync` later"
+            ) from fault
+        except wandb.Error as fault:
+            raise MachineError(
+                f"--report-to wandb: {' '.join(str(fault).split())}; run it again, or with WANDB_MODE=offline"
+            ) from fault
 
     def add(self, figures: Figures) -> None:
-        self._run.log(dict(figures), step=figures["step"])
+        self._run.log(_plotted(figures), step=int(figures["step"]))
 
     def close(self) -> None:
         self._run.finish()
 
 
-class ProgressLine:
-    """A live bar on a terminal, a plain line now and then elsewhere. Writes to stderr."""
-
-    def __init__(self, console: Console, first_step: int, last_step: int) -> None:
-        self._console = console
-        self._first, self._last = first_step, last_step
-        self._started = self._last_line = time.monotonic()
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("training", total=last_step, completed=first_step, figures="")
-        self._bar.start()
-
-    def add(self, figures: Figures) -> None:
-        done = int(figures["step"]) + 1
-        told = f"loss {figures['loss']:.4f} · {figures['samples_per_s']:.1f} samples/s"
-        self._bar.update(self._task, completed=done, figures=told)
-        now = time.monotonic()
-        if not self._console.is_terminal and (now - self._last_line >= _LINE_EVERY_S or done == self._last):
-            self._last_line = now
-            left_s = (self._last - done) * (now - self._started) / max(done - self._first, 1)
-            self._console.print(f"step {done}/{self._last} · {told} · {left_s:.0f} s left", soft_wrap=True)
-
-    def close(self) -> None:
-        self._bar.stop()
+def check_reporters(reporters: Collection[Reporter]) -> None:
+    """Raise InputError where someone is to get the figures who is not installed here."""
+    if "wandb" in reporters and importlib.util.find_spec("wandb") is None:
+        raise InputError("--report-to wandb: it is not installed; `pip install 'mimir-t2v[wandb]'`, or leave it out")
 
 
 @contextmanager
 def open_metrics(
-    run: Path, reporters: Iterable[Reporter], console: Console, *, first_step: int, last_step: int, is_first: bool
+    run: Path, config: TrainConfig, console: Console, *, first_step: int, is_first: bool
 ) -> Iterator[list[Sink]]:
     """Everyone who gets the figures; nobody on ranks but the first."""
     sinks: list[Sink] = []
     try:
         if is_first:
-            sinks.append(JsonLines(run / "metrics.jsonl", first_step))
-            if "tensorboard" in reporters:
-                sinks.append(TensorBoard(run / "tensorboard", first_step))
-            if "wandb" in reporters:
-                sinks.append(Wandb(run))
-            sinks.append(ProgressLine(console, first_step, last_step))
+            sinks.append(JsonLines(run / METRICS_NAME, first_step))
+            if "tensorboard" in config.run.report_to:
+                sinks.append(TensorBoard(run / TENSORBOARD_NAME, first_step))
+            if "wandb" in config.run.report_to:
+                sinks.append(Wandb(run, config))
+            sinks.append(ConsoleLine(console, first_step, config.run.last_step))
         yield sinks
     finally:
         for sink in sinks:
             sink.close()
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl; a last line that was cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    texts = path.read_text(encoding="utf-8").splitlines()
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as fault:
-            if number < len(texts):
-                raise CacheError(f"{path}: line {number} is no JSON; remove it, or begin anew elsewhere") from fault
-    return lines
+def _plotted(figures: Figures) -> dict[str, float | int | str]:
+    return {name: value for name, value in figures.items() if name not in _NOT_PLOTTED}
+
+
+def _wandb_id(run: Path) -> str:
+    """The run's own, made when it is first reported."""
+    path = run / WANDB_ID_NAME
+    with machine_faults(f"{path}: reading"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
+    made = secrets.token_hex(4)
+    with machine_faults(f"{path}: writing"):
+        path.write_text(made + "\n", encoding="utf-8")
+    return made

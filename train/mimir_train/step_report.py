@@ -6,13 +6,33 @@ request to stop that reached one.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from mimir_shared.clip_table import Clip
 from mimir_shared.errors import NonFiniteLossError
 from mimir_train.parallel import Parallel
 
 _SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLoad:
+    """What a step was for one rank: the work in it, and the time and memory that this took."""
+
+    tokens: int
+    """Of text and video."""
+    model_flops: float
+    """Of forward and backward; see `mimir_shared.transformer_flops`."""
+    data_wait_s: float
+    forward_s: float
+    """Until its last forward was done, or on a CUDA device launched: before gradients are exchanged."""
+    memory_bytes: int
+    """The most that was in use so far."""
+
+    @property
+    def own_s(self) -> float:
+        """Seconds that this rank spent before it could be held up by another."""
+        return self.data_wait_s + self.forward_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +45,7 @@ class RankReport:
     grad_norm: float
     """Of the gradient averaged over ranks, before it was clipped."""
     stop_requested: bool
+    load: RankLoad
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,10 @@ class StepReport:
         return tuple(attempts for rank in self.ranks for attempts in rank.attempts)
 
     @property
+    def loads(self) -> tuple[RankLoad, ...]:
+        return tuple(rank.load for rank in self.ranks)
+
+    @property
     def stop_requested(self) -> bool:
         return any(rank.stop_requested for rank in self.ranks)
 
@@ -56,17 +81,28 @@ class StepReport:
 def exchange(parallel: Parallel, own: RankReport) -> StepReport:
     """Tell all ranks of this rank's step, and learn of theirs."""
     count = len(own.clip_losses)
-    rows = parallel.gather([*own.clip_losses, *own.attempts, own.grad_norm, float(own.stop_requested)])
-    return StepReport(
-        tuple(
-            RankReport(
-                clip_losses=tuple(row[:count]),
-                attempts=tuple(int(value) for value in row[count:-2]),
-                grad_norm=row[-2],
-                stop_requested=row[-1] > 0,
-            )
-            for row in rows
-        )
+    rows = parallel.gather(
+        [*own.clip_losses, *own.attempts, own.grad_norm, float(own.stop_requested), *astuple(own.load)]
+    )
+    return StepReport(tuple(_parse(row, count) for row in rows))
+
+
+def _parse(row: Sequence[float], count: int) -> RankReport:
+    """One rank's report from its numbers, in the order in which `exchange` gives them."""
+    clip_losses, attempts, (grad_norm, stop_requested, *load) = row[:count], row[count : 2 * count], row[2 * count :]
+    tokens, model_flops, data_wait_s, forward_s, memory_bytes = load
+    return RankReport(
+        clip_losses=tuple(clip_losses),
+        attempts=tuple(int(value) for value in attempts),
+        grad_norm=grad_norm,
+        stop_requested=stop_requested > 0,
+        load=RankLoad(
+            tokens=int(tokens),
+            model_flops=model_flops,
+            data_wait_s=data_wait_s,
+            forward_s=forward_s,
+            memory_bytes=int(memory_bytes),
+        ),
     )
 
 

@@ -37,13 +37,18 @@ class ValidationSet:
 def find_validation_set(
     cache: Cache, layout: FeatureLayout, held_out: tuple[int, ...], *, limit: int, batch_size: int
 ) -> ValidationSet:
-    """Take up to `limit` clips of the held-out shards, first rows first, and batch them by bucket."""
+    """Take up to `limit` clips of the held-out shards, first rows first, and batch them by bucket.
+
+    Shards are random samples of the data, so every bucket has about its share among the first rows.
+    """
     training = set(range(cache.num_shards)) - set(held_out)
+    bucket_of = {n: bucket.name for bucket in cache.buckets(held_out=training) for n in cache.clip_numbers(bucket)}
+    judged = sorted(bucket_of)[:limit]
     groups: list[tuple[tuple[int, int], ...]] = []
     position = 0
-    for bucket in cache.buckets(held_out=training):
-        places = cache.clip_numbers(bucket)[: max(limit - position, 0)]
-        numbered = [(position + i, number) for i, number in enumerate(places)]
+    for bucket in sorted({bucket_of[number] for number in judged}):
+        numbers = [number for number in judged if bucket_of[number] == bucket]
+        numbered = [(position + i, number) for i, number in enumerate(numbers)]
         groups += [tuple(numbered[start : start + batch_size]) for start in range(0, len(numbered), batch_size)]
         position += len(numbered)
     return ValidationSet(cache=cache, layout=layout, groups=tuple(groups))
@@ -53,28 +58,34 @@ def find_validation_set(
 def validate(
     validation: ValidationSet, model: TrainedModel, objective: Objective, parallel: Parallel, step: int
 ) -> dict[str, float]:
-    """The mean v-loss at each quantile, and their mean. The ranks share the batches.
+    """The mean v-loss at each quantile, and their mean. The ranks share the batches, and each goes through the model
+    equally often, for the parts of a sharded model are fetched by all at once.
 
     Args:
         step: that was trained last: decides whether stabilizer tokens are there.
     Raises: NonFiniteLossError.
     """
     sums = [0.0] * len(QUANTILES)
-    for group in validation.groups[parallel.rank :: parallel.world_size]:
-        batch = _read(validation, group).to(parallel.device)
+    groups = validation.groups
+    for first in range(0, len(groups), parallel.world_size):
+        index = first + parallel.rank
+        batch = _read(validation, groups[min(index, len(groups) - 1)]).to(parallel.device)
         for i, quantile in enumerate(QUANTILES):
-            timestep = int(quantile * NUM_TRAIN_TIMESTEPS)
-            sums[i] += float(_losses(model, objective, batch, timestep, step).sum())
+            loss_sum = float(_losses(model, objective, batch, _timestep(quantile), step).sum())
+            sums[i] += loss_sum if index < len(groups) else 0.0  # one more only to go along with the others
     totals = [sum(values) for values in zip(*parallel.gather(sums), strict=True)]
     losses = [total / validation.num_clips for total in totals]
     figures = {
-        f"validation/loss_t{int(quantile * NUM_TRAIN_TIMESTEPS)}": loss
-        for quantile, loss in zip(QUANTILES, losses, strict=True)
+        f"validation/loss_t{_timestep(quantile)}": loss for quantile, loss in zip(QUANTILES, losses, strict=True)
     }
     figures["validation/loss"] = sum(losses) / len(losses)
     if not all(torch.isfinite(torch.tensor(losses))):
         raise NonFiniteLossError(f"step {step}: the validation loss is {figures}; lower the learning rates")
     return figures
+
+
+def _timestep(quantile: float) -> int:
+    return int(quantile * NUM_TRAIN_TIMESTEPS)
 
 
 def _read(validation: ValidationSet, group: tuple[tuple[int, int], ...]) -> TrainingBatch:

@@ -57,10 +57,20 @@ class DdimStepper:
 
 @torch.no_grad()
 def write_validation_samples(
-    run: Path, validation: ValidationSet, model: TrainedModel, objective: Objective, steps_done: int, limit: int
+    run: Path,
+    validation: ValidationSet,
+    model: TrainedModel,
+    objective: Objective,
+    *,
+    steps_done: int,
+    limit: int,
+    is_first: bool,
 ) -> None:
-    """Sample the captions of the first `limit` held-out clips, from the same noise each time; in RUN/validation."""
-    numbers = [number for group in validation.groups for _, number in group][:limit]
+    """Sample the captions of the first `limit` held-out clips, from the same noise each time; in RUN/validation.
+
+    All ranks go through the model alike, for the parts of a sharded one are fetched by all at once; one writes.
+    """
+    numbers = sorted(number for group in validation.groups for _, number in group)[:limit]
     guidance = Guidance(name="fixed", scale=1.0)
     device = next(model.dit.parameters()).device
     prompts, tensors = [], []
@@ -79,6 +89,8 @@ def write_validation_samples(
             )  # (1, C, T, h, w)
         prompts.append(clip.caption)
         tensors.append(latents[0])
+    if not is_first:
+        return
     snapshot = validation.cache.snapshot
     write_validation_latents(
         validation_folder(run, steps_done),
