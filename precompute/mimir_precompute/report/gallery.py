@@ -10,13 +10,13 @@ import numpy as np
 
 from mimir_precompute.config import Bucket
 from mimir_precompute.inspect_clip import posterior_mean
-from mimir_precompute.page.pictures import Still, pixel_picture, psnr_db, still_picture
 from mimir_precompute.rejection import ClipRejected
 from mimir_precompute.report.false_colours import fit_colours
 from mimir_precompute.report.samples import ClipSample, SampleReader
 from mimir_precompute.report.scan import CacheScan, spread_evenly
 from mimir_precompute.report.sources import SourceFrames
 from mimir_shared.errors import MachineError
+from mimir_shared.page.pictures import Still, pixel_picture, psnr_db, still_picture
 from mimir_shared.plan_file import PlannedClip
 
 LatentDecoder = Callable[[np.ndarray], np.ndarray]

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimir_precompute.config import Bucket
-from mimir_precompute.page.charts import Histogram, histogram
-from mimir_precompute.page.render import format_number
 from mimir_precompute.report.samples import ClipSample, SampleReader
 from mimir_precompute.report.scan import CacheScan, spread_evenly
+from mimir_shared.page.charts import Histogram, histogram
+from mimir_shared.page.render import format_number
 
 NUM_SAMPLED = 256
 """Clips whose samples are read for what the commit records do not say."""

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mimir_precompute.page.pictures import Still, still_picture
 from mimir_precompute.quarantine import QuarantinedClip, feature_ledger
 from mimir_precompute.rejection import UNTRIED_STAGES, ClipRejected
 from mimir_precompute.report.scan import spread_evenly
 from mimir_precompute.report.sources import SourceFrames
 from mimir_shared.errors import MachineError
 from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.page.pictures import Still, still_picture
 from mimir_shared.plan_file import Plan
 
 EXAMPLES = 6

@@ -320,7 +320,7 @@ class TestInABrowser:
 
 def test_a_page_of_twelve_large_clips_stays_small(tmp_path: Path) -> None:
     """The worst that a picture can hold is noise."""
-    from mimir_precompute.page.pictures import still_picture
+    from mimir_shared.page.pictures import still_picture
 
     noise = np.random.default_rng(0).integers(0, 256, (480, 720, 3), np.uint8)
     still = still_picture(noise, longest_side=480)

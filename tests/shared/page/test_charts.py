@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimir_precompute.page.charts import (
+from mimir_shared.page.charts import (
     BOTTOM,
     LEFT,
     RIGHT,
