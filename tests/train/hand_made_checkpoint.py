@@ -135,7 +135,7 @@ def write_checkpoint(
         )
 
     state = TrainingState(step=step, order={}, config_sha256="0" * 64)
-    return save_checkpoint(run, model, {"nothing": torch.zeros(1)}, state, describe)
+    return save_checkpoint(run, model, dict(model.named_parameters()), {"nothing": torch.zeros(1)}, state, describe)
 
 
 def command(*arguments: str | Path) -> None:

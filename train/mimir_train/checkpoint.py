@@ -124,6 +124,7 @@ def step_folder_name(step: int) -> str:
 def save_checkpoint(
     run: Path,
     model: TrainedModel,
+    weights: Mapping[str, Tensor],
     optimizer_state: Mapping[str, Tensor],
     state: TrainingState,
     describe: Callable[[int, dict[str, FileDigest]], CheckpointInfo],
@@ -131,6 +132,7 @@ def save_checkpoint(
     """Write a checkpoint whole or not at all.
 
     Args:
+        weights: of the model, whole, by parameter name.
         describe: makes checkpoint.json of the step and the digests of the files.
     Returns: its folder; it takes the place of one of the same step.
     Raises: MachineError for faults of the disk; earlier checkpoints are untouched.
@@ -141,8 +143,12 @@ def save_checkpoint(
     with machine_faults(f"{final}: saving the checkpoint"):
         temporary.mkdir(parents=True)
         try:
-            save_transformer(model.dit.config, model.dit.state_dict(), temporary / TRANSFORMER)
-            save_fuser(model.fuser.config, model.fuser.state_dict(), temporary / FUSER)
+            parts = [
+                {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
+                for part in ("dit.", "fuser.")
+            ]
+            save_transformer(model.dit.config, parts[0], temporary / TRANSFORMER)
+            save_fuser(model.fuser.config, parts[1], temporary / FUSER)
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_state.items()},
                       temporary / OPTIMIZER)  # fmt: skip
             (temporary / STATE).write_text(state.model_dump_json(indent=1) + "\n")

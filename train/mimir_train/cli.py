@@ -17,6 +17,7 @@ app = make_app(
 _DATA = "Data"
 _MODEL = "Model"
 _OPTIMIZER = "Optimizer"
+_PARALLEL = "Several processes"
 _RUN = "Run"
 _SETTINGS = "Settings"
 
@@ -109,6 +110,12 @@ def run(
                                                          show_default=False, rich_help_panel=_RUN)] = None,
     report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, both with a comma, or none.",
                                                   show_default=False, rich_help_panel=_RUN)] = None,
+    parallel: Annotated[str | None, typer.Option(help="How ranks share the model: ddp (each has it whole), fsdp (each "
+                                                 "a part), hsdp (a part, repeated across machines) or auto.",
+                                                 show_default=False, rich_help_panel=_PARALLEL)] = None,
+    shard_size: Annotated[int | None, typer.Option(help="With hsdp: ranks that share one copy of the model; default: "
+                                                   "those of a machine.", min=1, show_default=False,
+                                                   rich_help_panel=_PARALLEL)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=False,
                                                rich_help_panel=_RUN)] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="Compute in float32 or bfloat16; weights stay float32.",
@@ -145,6 +152,8 @@ def run(
                 "optimizer.schedule": lr_scheduler,
                 "optimizer.warmup_steps": lr_warmup_steps,
                 "optimizer.decay_steps": lr_decay_steps,
+                "parallel.strategy": parallel,
+                "parallel.shard_size": shard_size,
                 "run.seed": seed,
                 "run.max_train_steps": max_train_steps,
                 "run.stop_at_step": stop_at_step,

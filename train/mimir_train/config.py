@@ -20,6 +20,7 @@ EmptyText = Literal["zeros", "cached"]
 Schedule = Literal["constant", "cosine", "linear", "wsd"]
 Precision = Literal["float32", "bfloat16"]
 Reporter = Literal["tensorboard", "wandb"]
+Strategy = Literal["auto", "ddp", "fsdp", "hsdp"]
 
 SCRATCH = "scratch"
 """Value of `model.init_from`: no weights are loaded."""
@@ -172,6 +173,24 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How several processes share the work. Nothing here changes what is trained, but for rounding."""
+
+    strategy: Strategy = "auto"
+    """Each rank holds the whole model (ddp), a part of it (fsdp), or a part, several times over (hsdp: cut within a
+    machine, repeated across machines). auto: ddp where the model's states fit into half of a device's memory."""
+    shard_size: int | None = None
+    """With hsdp: ranks over which the model is cut; None: those of one machine."""
+
+    def __post_init__(self) -> None:
+        choices = get_args(Strategy)
+        _require(self.strategy in choices, "--parallel", f"one of {', '.join(choices)}", repr(self.strategy))
+        size = self.shard_size
+        _require(size is None or size >= 1, "--shard-size", "at least 1", size)
+        _require(size is None or self.strategy == "hsdp", "--shard-size", "left out but with --parallel hsdp", size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """How long, where, and what is written."""
 
@@ -232,6 +251,7 @@ class TrainConfig:
     model: ModelConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:

@@ -35,6 +35,8 @@ FREE_ON_RESUME: Final = frozenset(
         "data.max_bad_share",
         "data.verify_reads",
         "model.attention",
+        "parallel.strategy",
+        "parallel.shard_size",
         "run.output_dir",
         "run.max_train_steps",
         "run.stop_at_step",
@@ -159,13 +161,13 @@ def refuse_other_training(old: TrainConfig, new: TrainConfig, where: str) -> Non
 def deciding_settings(config: TrainConfig) -> Document:
     """The settings that change what is trained: all but FREE_ON_RESUME."""
     free = FREE_ON_RESUME - ({"run.max_train_steps"} if config.optimizer.schedule in ENDS_WITH_THE_RUN else set())
-    document = to_document(config)
-    return {
-        section: {name: value for name, value in values.items() if f"{section}.{name}" not in free}
-        if isinstance(values, dict)
-        else values
-        for section, values in document.items()
-    }
+    deciding: Document = {}
+    for section, values in to_document(config).items():
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if f"{section}.{name}" not in free}
+        if values != {}:
+            deciding[section] = values
+    return deciding
 
 
 def training_digest(config: TrainConfig) -> str:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,25 +22,24 @@ from mimir_train.answer_variants import VariantChoice
 from mimir_train.attention_choice import check_attention
 from mimir_train.bad_samples import BadSampleLog
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
+from mimir_train.build_model import build_model
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
 from mimir_train.checkpoint import remove_old_checkpoints, save_checkpoint
 from mimir_train.config import TrainConfig
 from mimir_train.fit import FittedRun, describe_fit, fit
 from mimir_train.learning_rate import describe_rates, rate_factor
 from mimir_train.metrics import check_reporters, open_metrics
-from mimir_train.model.dit import DiT
-from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import NoiseSchedule
 from mimir_train.optimizer import build_optimizer, optimizer_tensors, set_rates
 from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
 from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
+from mimir_train.sharding import Sharing, average_gradients, clip_gradients, whole_tensors
 from mimir_train.step_figures import StepMeter, fuser_figures
 from mimir_train.step_reader import ReadOptions
 from mimir_train.step_report import RankReport, exchange, refuse_non_finite
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
-from mimir_train.transformer_folder import load_transformer
 from mimir_train.validation import ValidationSet, find_validation_set, validate
 from mimir_train.validation_samples import write_validation_samples
 
@@ -68,7 +67,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
     Raises: InputError and CacheError before anything is built; NonFiniteLossError before the optimizer's step;
         MachineError for faults of disk, device and peers.
     """
-    with start_parallel(config.run.device) as parallel, catch_sigterm() as stop:
+    with start_parallel(config) as parallel, catch_sigterm() as stop:
         console = Console(stderr=True, highlight=False, quiet=not parallel.is_first)
         say = partial(console.print, markup=False, soft_wrap=True)
         check_reporters(config.run.report_to)
@@ -83,7 +82,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
         order = build_order(fitted, cache, parallel)
         say_what_is_trained(console, fitted, cache, order)
 
-        trainer = build_trainer(fitted, cache, order, parallel, run)
+        trainer = build_trainer(fitted, cache, order, parallel)
+        say(trainer.sharing.describe(parallel.world_size))
         first_step = load_checkpoint(run, trainer.model, trainer.optimizer, order, fitted)
         last_step = fitted.config.run.last_step
         if parallel.is_first:
@@ -100,7 +100,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 rates = set_rates(trainer.optimizer, factor)
 
                 clip_losses, forward_s = accumulate_gradients(trainer, batch)
-                grad_norm = clip_gradients(trainer)
+                grad_norm = clip_gradients(trainer.model.parameters(), fitted.config.optimizer.clip_norm)
                 report = exchange(
                     parallel,
                     RankReport(
@@ -149,6 +149,7 @@ class Trainer:
     model: TrainedModel
     wrapped: nn.Module
     """The model as its gradients are averaged over ranks."""
+    sharing: Sharing
     optimizer: torch.optim.Optimizer
     objective: Objective
     loader: BatchLoader
@@ -168,11 +169,11 @@ def build_order(fitted: FittedRun, cache: Cache, parallel: Parallel) -> Training
     )
 
 
-def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel, run: RunFolder) -> Trainer:
+def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel) -> Trainer:
     """Model with its first weights, optimizer, objective, reader and validation set."""
     config, layout = fitted.config, fitted.layout
-    torch.manual_seed(config.run.seed)  # of the first weights only: every draw of a step has a key of its own
-    model = TrainedModel(build_transformer(fitted), TokenFuser(fitted.fuser)).to(parallel.device)
+    built = build_model(fitted, parallel)
+    model = built.model
     model.dit.use_attention(config.model.attention)
     assert config.model.latent_scaling_factor is not None, "fit leaves nothing open"
     objective = Objective(
@@ -213,7 +214,8 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, paralle
         order=order,
         parallel=parallel,
         model=model,
-        wrapped=parallel.wrap(model, find_unused=fitted.fuser.stabilizer_start_step > 0),
+        wrapped=built.wrapped,
+        sharing=built.sharing,
         optimizer=build_optimizer(config.optimizer, model.dit, model.fuser),
         objective=objective,
         loader=loader,
@@ -230,13 +232,6 @@ def open_bad_samples(trainer: Trainer, run: RunFolder, first_step: int, say: Cal
     return BadSampleLog(
         trainer.cache, trainer.order, max_share=data.max_bad_share, path=path, first_step=first_step, say=say
     )
-
-
-def build_transformer(fitted: FittedRun) -> DiT:
-    """The transformer in float32: from its folder, or drawn at random."""
-    if fitted.initial.folder is None:
-        return DiT(fitted.initial.config)
-    return load_transformer(fitted.initial.folder, dtype=torch.float32)
 
 
 def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[tuple[float, ...], float]:
@@ -259,20 +254,6 @@ def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[tuple[
     return tuple(torch.cat(losses).tolist()), forward_s
 
 
-@contextmanager
-def average_gradients(wrapped: nn.Module, *, now: bool) -> Iterator[None]:
-    """Exchange gradients in this backward only if `now`: once a step, not once a micro-batch."""
-    waits = isinstance(wrapped, nn.parallel.DistributedDataParallel) and not now
-    with wrapped.no_sync() if waits else nullcontext():  # type: ignore[operator]  # a method of that class alone
-        yield
-
-
-def clip_gradients(trainer: Trainer) -> float:
-    """Scale gradients down to the norm allowed; returns the norm they had."""
-    limit = trainer.fitted.config.optimizer.clip_norm
-    return float(nn.utils.clip_grad_norm_(trainer.model.parameters(), limit))
-
-
 def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolder, steps_done: int) -> None:
     """Write latents for `mimir-train decode`, where that is asked for."""
     limit = trainer.fitted.config.run.validation_samples
@@ -285,12 +266,16 @@ def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolde
 
 def save(trainer: Trainer, run: RunFolder, steps_done: int) -> Path | None:
     """Write a checkpoint from the first rank; the others wait, so that none leaves before it is there."""
-    written = None
+    written, model = None, trainer.model
+    if trainer.parallel.is_first or trainer.sharing.is_sharded:  # parts are gathered by all ranks
+        weights = whole_tensors(dict(model.named_parameters()))
+        moments = whole_tensors(optimizer_tensors(trainer.optimizer, model))
     if trainer.parallel.is_first:
         written = save_checkpoint(
             run.path,
-            trainer.model,
-            optimizer_tensors(trainer.optimizer, trainer.model),
+            model,
+            weights,
+            moments,
             training_state(trainer.fitted.config, trainer.order, steps_done),
             lambda step, files: checkpoint_info(trainer.fitted, trainer.cache, trainer.order, step, files),
         )

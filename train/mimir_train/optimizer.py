@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mimir_shared.errors import CacheError
 from mimir_train.config import OptimizerConfig
+from mimir_train.sharding import share_like
 
 _STATE_NAMES = ("exp_avg", "exp_avg_sq", "step")
 
@@ -68,7 +69,10 @@ def load_optimizer_tensors(
         if len(state) != len(_STATE_NAMES) or state["exp_avg"].shape != parameter.shape:
             shape = tuple(parameter.shape)
             raise CacheError(f"{where}: the state of {name} has {sorted(state)}, expected {_STATE_NAMES} of {shape}")
-        optimizer.state[parameter] = {field: value.to(parameter.device) for field, value in state.items()}
+        optimizer.state[parameter] = {
+            field: value.to(parameter.device) if field == "step" else share_like(parameter, value)
+            for field, value in state.items()
+        }
 
 
 def _parameter_names(names: Iterable[str]) -> list[str]:

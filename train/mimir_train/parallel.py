@@ -1,22 +1,25 @@
-"""The processes that train together: one, or those that torchrun started.
+"""The processes that train together, and what they tell each other: a few numbers a step, through here alone.
 
-Gradients are averaged by DistributedDataParallel; besides, ranks exchange a few numbers a step, through here alone.
+What they share of the model is `mimir_train.sharding`'s.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # public, but not in its own list
 
 from mimir_shared.errors import InputError, MachineError
+from mimir_train.config import TrainConfig
+from mimir_train.launch import Place, find_place
 
-_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT: Final = timedelta(hours=1)
+"""Of one exchange: as long as the slowest checkpoint may hold the others up."""
+_ARRIVAL_TIMEOUT: Final = timedelta(minutes=10)
 _BACKENDS = ("gloo", "nccl", "connection closed", "connection reset")
 
 
@@ -24,24 +27,21 @@ _BACKENDS = ("gloo", "nccl", "connection closed", "connection reset")
 class Parallel:
     """This process among its peers."""
 
-    rank: int
-    world_size: int
+    place: Place
     device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
 
     @property
     def is_first(self) -> bool:
         """Whether this rank speaks to the user and writes files."""
         return self.rank == 0
-
-    def wrap(self, model: nn.Module, *, find_unused: bool) -> nn.Module:
-        """The module whose backward averages gradients over the ranks.
-
-        Args:
-            find_unused: some parameters take part in some steps only.
-        """
-        if self.world_size == 1:
-            return model
-        return DistributedDataParallel(model, find_unused_parameters=find_unused)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every rank, by rank; each gives equally many. Raises MachineError where a peer is gone."""
@@ -68,49 +68,81 @@ def peer_faults() -> Iterator[None]:
         if not isinstance(fault, dist.DistError) and not any(name in str(fault).lower() for name in _BACKENDS):
             raise
         raise MachineError(
-            f"rank {os.environ.get('RANK', '0')}: another rank is gone or does not answer "
+            f"rank {find_place().rank}: another rank is gone or does not answer "
             f"({str(fault).splitlines()[0][:200]}); look at what the other ranks said, then run the same command again "
             f"with --resume-from-checkpoint latest"
         ) from fault
 
 
 @contextmanager
-def start_parallel(device: str) -> Iterator[Parallel]:
-    """Join the ranks that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them).
+def start_parallel(config: TrainConfig) -> Iterator[Parallel]:
+    """Join the ranks that the environment names; a group of them that stands already is used as it is.
 
-    Args:
-        device: auto, cpu, cuda or cuda:N.
-    Raises: InputError for a device that is not there.
+    One process alone gets a group only where it is to shard: that goes through the same code as over many ranks.
+
+    Raises: InputError for a device that is not there; MachineError where ranks do not come.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if world_size == 1:
-        yield Parallel(rank=0, world_size=1, device=chosen)
-        return
-    with peer_faults():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    place = find_place()
+    device = _device(config.run.device, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    needs_group = place.world_size > 1 or config.parallel.strategy in ("fsdp", "hsdp")
+    joined = needs_group and not dist.is_initialized()
+    if joined:
+        _join(place, device)
     try:
-        yield Parallel(rank=rank, world_size=world_size, device=chosen)
+        yield Parallel(place=place, device=device)
     finally:
-        dist.destroy_process_group()
+        if joined:
+            dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _join(place: Place, device: torch.device) -> None:
+    where = f"{place.master_address}:{place.master_port}"
+    store: HashStore | TCPStore | None = (
+        None  # torchrun keeps the meeting point itself, and sees to it that all ranks come
+    )
+    if place.world_size == 1:
+        store = HashStore()
+    elif place.launcher == "slurm":
+        try:
+            store = TCPStore(
+                place.master_address, place.master_port, place.world_size, place.rank == 0, timeout=_ARRIVAL_TIMEOUT
+            )
+        except RuntimeError as fault:
+            raise MachineError(
+                f"rank {place.rank}: not all of {place.world_size} ranks came to {where} in {_ARRIVAL_TIMEOUT} "
+                f"({str(fault).splitlines()[0][:200]}); start the program once for each task, by `srun`"
+            ) from fault
+    with peer_faults():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+
+
+def _device(name: str, place: Place) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as fault:
         raise InputError(f"run.device {name!r}: expected auto, cpu, cuda or cuda:N") from fault
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"run.device {name}: torch sees no CUDA device here; give cpu or auto")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(f"run.device {device}: there are {torch.cuda.device_count()} CUDA devices here")
-    elif device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise InputError(f"run.device {name!r}: expected auto, cpu, cuda or cuda:N")
-    return device
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise InputError(f"run.device {name}: torch sees no CUDA device here; give cpu or auto")
+    count = torch.cuda.device_count()
+    # Slurm may show each task its own device alone
+    index = 0 if place.launcher == "slurm" and count == 1 else place.local_rank
+    index = index if device.index is None else device.index
+    if index >= count:
+        wanted = f"{place.local_world_size} ranks of this machine want one each" if device.index is None else name
+        raise InputError(f"run.device {name}: there are {count} CUDA devices here, and {wanted}")
+    return torch.device("cuda", index)

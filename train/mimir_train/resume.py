@@ -26,6 +26,7 @@ from mimir_train.initial_transformer import InitialTransformer
 from mimir_train.optimizer import load_optimizer_tensors
 from mimir_train.order import TrainingOrder
 from mimir_train.run_folder import RunFolder
+from mimir_train.sharding import rows_held, write_held_rows
 from mimir_train.trained_model import TrainedModel
 from mimir_train.transformer_folder import read_transformer_config
 
@@ -65,7 +66,10 @@ def load_checkpoint(
     fuser = load_fuser(run.checkpoint / FUSER)
     if fuser.config != model.fuser.config:
         raise CacheError(f"{run.checkpoint / FUSER}: is of {fuser.config}, the run of {model.fuser.config}")
-    model.fuser.load_state_dict(fuser.state_dict())
+    parameters = dict(model.fuser.named_parameters())
+    for name, whole in fuser.named_parameters():
+        start, stop = rows_held(parameters[name])
+        write_held_rows(parameters[name], whole[start:stop])
     load_optimizer_tensors(optimizer, model, tensors, str(run.checkpoint / OPTIMIZER))
     return state.step
 

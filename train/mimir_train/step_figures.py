@@ -21,6 +21,7 @@ from mimir_train.model.config import FuserConfig
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.model_flops import device_peak_tflops, transformer_sizes
 from mimir_train.parallel import Parallel
+from mimir_train.sharding import gathered
 from mimir_train.step_report import RankLoad, StepReport
 
 Figures = dict[str, float | int | str]
@@ -92,8 +93,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @torch.no_grad()
 def fuser_figures(fuser: TokenFuser, batch: TrainingBatch, parallel: Parallel) -> dict[str, float]:
-    """Norms and shares of the fuser's branches on the first rank's clips; {} on other ranks."""
-    if not parallel.is_first:
-        return {}
-    text = batch.to(parallel.device).text
-    return {f"fuser/{name}": value for name, value in fuser.figures(text.t5_embeds, text.llm).items()}
+    """Norms and shares of the fuser's branches on the first rank's clips; {} on other ranks.
+
+    All ranks must call it, for the parts of a sharded fuser are fetched by all at once.
+    """
+    with gathered(fuser):
+        if not parallel.is_first:
+            return {}
+        text = batch.to(parallel.device).text
+        return {f"fuser/{name}": value for name, value in fuser.figures(text.t5_embeds, text.llm).items()}

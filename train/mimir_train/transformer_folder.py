@@ -4,7 +4,8 @@ No diffusers here: the file names, the index and the config's keys are all there
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.plain_documents import parse_json
@@ -112,11 +113,52 @@ def load_transformer(folder: Path, *, dtype: torch.dtype | None = None, device: 
     config = read_transformer_config(folder)
     with torch.device("meta"):  # no memory and no time for an initialisation that is thrown away
         model = DiT(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    state_dict = _read_weights(folder, dtype, device)
-    _check_weights(folder, expected, state_dict)
+    check_weights(folder, model)
+    state_dict: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        with _open_weights(path) as file:
+            # tensor by tensor: a second copy of everything would not fit beside the first
+            state_dict |= {name: file.get_tensor(name).to(device=device, dtype=dtype) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(state_dict, strict=True, assign=True)
     return model
+
+
+def check_weights(folder: Path, model: nn.Module) -> None:
+    """Compare names and shapes of a folder's weights with a model's; nothing but headers is read.
+
+    Raises: InputError where there are none; CacheError for damaged files, and weights of another model.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        with _open_weights(path) as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not part of this model" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:4])
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CacheError(f"{folder}: the weights are not those of its {CONFIG_NAME}: {shown}{more}")
+
+
+def read_rows(folder: Path, rows: Callable[[str], tuple[int, int] | None]) -> Iterator[tuple[str, Tensor]]:
+    """Read some rows of each weight: a rank's part, in the dtype that is stored.
+
+    Args:
+        folder: whose weights `check_weights` has found to be the model's.
+        rows: of the weight of a name: (start, stop) along its first dim, or None for a weight that is not wanted.
+    """
+    for path in _weight_files(folder):
+        with _open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118 — not a mapping
+                wanted = rows(name)
+                if wanted is not None:
+                    yield name, file.get_slice(name)[wanted[0] : wanted[1]]
 
 
 def save_transformer(
@@ -153,42 +195,26 @@ def _is_of_type(value: Json, wanted: object) -> bool:
     return type(value) is wanted or (wanted is float and type(value) is int)
 
 
-def _read_weights(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> dict[str, Tensor]:
+def _weight_files(folder: Path) -> list[Path]:
     index_path = folder / INDEX_NAME
     if index_path.is_file():
         try:
             weight_map: Mapping[str, str] = parse_json(index_path.read_text(encoding="utf-8"))["weight_map"]
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise CacheError(f"{index_path}: not an index of safetensors files ({error!r}); copy it again") from error
-        paths = [folder / name for name in sorted(set(weight_map.values()))]
-    elif (folder / WEIGHTS_NAME).is_file():
-        paths = [folder / WEIGHTS_NAME]
-    else:
-        raise InputError(f"{folder}: neither {WEIGHTS_NAME} nor {INDEX_NAME}; weights must be safetensors")
-    state_dict: dict[str, Tensor] = {}
-    for path in paths:
-        try:
-            # tensor by tensor: a second copy of everything would not fit beside the first
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 — not a mapping
-                    state_dict[name] = file.get_tensor(name).to(device=device, dtype=dtype)
-        except (OSError, SafetensorError) as error:
-            raise CacheError(f"{path}: missing or damaged ({error}); copy it again") from error
-    return state_dict
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    raise InputError(f"{folder}: neither {WEIGHTS_NAME} nor {INDEX_NAME}; weights must be safetensors")
 
 
-def _check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], state_dict: Mapping[str, Tensor]) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in state_dict]
-    problems += [f"{name} is not part of this model" for name in state_dict if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in state_dict and tuple(state_dict[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:4])
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CacheError(f"{folder}: the weights are not those of its {CONFIG_NAME}: {shown}{more}")
+@contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:  # Any: the library types its handle so
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"{path}: missing or damaged ({error}); copy it again") from error
 
 
 def _split_into_shards(state_dict: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
