@@ -290,13 +290,13 @@ def test_a_non_finite_loss_stops_before_the_optimizer_and_names_the_clip(poisone
 def test_a_non_finite_gradient_stops_before_the_optimizer_too(
     small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(parameters: Any, limit: float) -> torch.Tensor:
+    def poison(gradients: Any) -> torch.Tensor:
         return torch.tensor(float("inf"))
 
     def no_step(*_: object) -> None:
         raise AssertionError("the optimizer stepped")
 
-    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", poison)
+    monkeypatch.setattr("torch.nn.utils.get_total_norm", poison)
     monkeypatch.setattr("torch.optim.AdamW.step", no_step)
     with pytest.raises(
         NonFiniteLossError, match=r"step 0: the norm of the gradient is inf on rank 0.*shard \d, row \d, source 9x32"
