@@ -20,6 +20,7 @@ from mimir_train.cache_reader import open_cache
 from mimir_train.console_line import ConsoleLine
 from mimir_train.fit import fit
 from mimir_train.json_lines import JsonLines, read_lines, read_steps
+from mimir_train.launch import Place
 from mimir_train.loop import train
 from mimir_train.metrics import Wandb
 from mimir_train.model_flops import transformer_sizes
@@ -32,7 +33,7 @@ from tests.train.caches import NUM_INSTRUCTIONS, T5_ROWS, VIDEO, resumed_config,
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONE_RANK = Parallel(rank=0, world_size=1, device=torch.device("cpu"))
+ONE_RANK = Parallel(place=Place(), device=torch.device("cpu"))
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ _FIRST_PORT, _NUM_PORTS = 15_000, 20_000
 class Place:
     """One process among its peers."""
 
-    launcher: Launcher
+    launcher: Launcher = "none"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -41,7 +41,7 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
     elif "SLURM_PROCID" in variables and int(variables.get("SLURM_NTASKS", "1")) > 1:
         place = _slurm_place(variables)
     else:
-        return Place(launcher="none")
+        return Place()
     if not (0 <= place.rank < place.world_size and 0 <= place.local_rank < place.local_world_size):
         raise InputError(
             f"rank {place.rank} of {place.world_size} (on its machine {place.local_rank} of {place.local_world_size}), "
