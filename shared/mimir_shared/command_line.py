@@ -1,5 +1,6 @@
 """What both programs do alike on the command line: options with - or _, errors as one line, exit codes."""
 
+import logging
 import os
 import sys
 import traceback
@@ -37,6 +38,8 @@ def run_app(app: Callable[[], object]) -> None:
     No secret is quoted: neither in that line, nor in the traceback of a fault of ours.
     """
     sys.excepthook = _print_traceback
+    # diffusers loads it wherever it is installed, and it tells at length what it lacks, which nobody has asked for
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     try:
         app()
     except MimirError as error:

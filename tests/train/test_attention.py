@@ -1,11 +1,13 @@
 """Attention behind one function: packed clips see themselves alone; backends that this machine lacks are refused."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mimir_shared.command_line import run_app
 from mimir_shared.errors import InputError
 from mimir_train.attention_choice import check_attention
 from mimir_train.config import ModelConfig
@@ -53,6 +55,14 @@ def test_the_mask_of_xformers_keeps_clips_apart() -> None:
     inputs = draw_heads(1, num_tokens)
     attended = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
     torch.testing.assert_close(attended, attention(*inputs, segments), rtol=1e-5, atol=1e-6)
+
+
+def test_the_programs_do_not_pass_on_what_xformers_says_of_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    def load_what_diffusers_loads() -> None:
+        logging.getLogger("xformers").warning("xFormers can't load C++/CUDA extensions")
+
+    run_app(load_what_diffusers_loads)
+    assert capfd.readouterr().err == ""
 
 
 def test_starts_and_clips_of_tokens_follow_the_lengths() -> None:

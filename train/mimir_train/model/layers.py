@@ -6,6 +6,7 @@ Letters in shapes: B batch, T latent frames, h w latents, p patch side, N = T * 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 from mimir_train.model.attention import attention
 from mimir_train.model.config import AttentionName
+from mimir_train.model.packing import PackIndex, add_gated, modulate, reorder
+
+Grid = tuple[int, int, int]
+"""Patches of a clip: (T, h/p, w/p)."""
 
 RotaryTable = tuple[Tensor, Tensor]
 """Cosine and sine of the angle by which each pair of channels turns at each position: (S, d) float32 each."""
@@ -163,17 +168,25 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
         self.text_proj = nn.Linear(text_width, width)
 
-    def forward(self, condition_tokens: Tensor, noisy_latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, condition_tokens: Tensor, noisy_latents: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """
         Args:
             condition_tokens: (B, L, text_width).
-            noisy_latents: (B, C, T, h, w).
-        Returns: text tokens (B, L, D), video tokens (B, N, D), frame by frame and row by row.
+            noisy_latents: (B, C, T, h, w); of a pack B times (C, T, h, w).
+        Returns: text tokens (B, L, D), video tokens (B, N, D), frame by frame and row by row; of a pack (1, B*L, D),
+            (1, tokens, D).
         """
-        batch_size = noisy_latents.shape[0]
+        text_tokens: Tensor = self.text_proj(condition_tokens)
+        if isinstance(noisy_latents, Tensor):
+            return text_tokens, self.embed_patches(noisy_latents)
+        video_tokens = torch.cat([self.embed_patches(clip[None]) for clip in noisy_latents], dim=1)
+        return text_tokens.flatten(0, 1)[None], video_tokens
+
+    def embed_patches(self, noisy_latents: Tensor) -> Tensor:
+        """(B, C, T, h, w) to (B, N, D)."""
         frames = noisy_latents.transpose(1, 2).flatten(0, 1)  # (B*T, C, h, w)
-        patches = self.proj(frames).unflatten(0, (batch_size, -1))  # (B, T, D, h/p, w/p)
-        return self.text_proj(condition_tokens), patches.transpose(2, 3).transpose(3, 4).flatten(1, 3)
+        patches: Tensor = self.proj(frames).unflatten(0, (noisy_latents.shape[0], -1))  # (B, T, D, h/p, w/p)
+        return patches.transpose(2, 3).transpose(3, 4).flatten(1, 3)
 
 
 # --- a block ------------------------------------------------------------------------------------------------------
@@ -191,19 +204,22 @@ class ExpertAdaLayerNorm(nn.Module):
         self.linear = nn.Linear(time_embed_dim, 6 * width)
         self.norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, text_tokens: Tensor, video_tokens: Tensor, time_embed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, text_tokens: Tensor, video_tokens: Tensor, time_embed: Tensor, pack: PackIndex | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            text_tokens, video_tokens: (B, L, D), (B, N, D).
+            text_tokens, video_tokens, pack: as a block has them.
             time_embed: (B, time_embed_dim).
-        Returns: all tokens (B, S, D), text first; the gates of text and of video, (B, 1, D) each.
+        Returns: all tokens (B, S, D), text first; the gates of text and of video, (B, D) each.
         """
-        modulation = self.linear(F.silu(time_embed))[:, None]  # (B, 1, 6D)
+        modulation = self.linear(F.silu(time_embed))  # (B, 6D)
         video_shift, video_scale, video_gate, text_shift, text_scale, text_gate = modulation.chunk(6, dim=-1)
+        text_clips, video_clips = (None, None) if pack is None else (pack.text_clips, pack.video_clips)
         tokens = torch.cat(
             [
-                self.norm(text_tokens) * (1 + text_scale) + text_shift,
-                self.norm(video_tokens) * (1 + video_scale) + video_shift,
+                modulate(self.norm(text_tokens), text_shift, text_scale, text_clips),
+                modulate(self.norm(video_tokens), video_shift, video_scale, video_clips),
             ],
             dim=1,
         )
@@ -224,8 +240,10 @@ class JointAttention(nn.Module):
         self.norm_k = nn.LayerNorm(width // num_heads, eps=1e-6)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list for its name in checkpoints: to_out.0
 
-    def forward(self, tokens: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def forward(self, tokens: Tensor, rotary: RotaryTable | None, pack: PackIndex | None) -> Tensor:
         """(B, S, D) to (B, S, D); `rotary` is None where positions are already in the tokens."""
+        if pack is not None:
+            tokens = reorder(tokens, pack.clip_by_clip, pack.kind_by_kind)
         query, key, value = (
             project(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, S, d)
             for project in (self.to_q, self.to_k, self.to_v)
@@ -234,9 +252,10 @@ class JointAttention(nn.Module):
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         # norms and rotation may have widened them to float32
-        attended = attention(query.to(value.dtype), key.to(value.dtype), value, backend=self.backend)
+        segments = None if pack is None else pack.segments
+        attended = attention(query.to(value.dtype), key.to(value.dtype), value, segments, self.backend)
         out: Tensor = self.to_out[0](attended.transpose(1, 2).flatten(2))  # (B, S, D)
-        return out
+        return out if pack is None else reorder(out, pack.kind_by_kind, pack.clip_by_clip)
 
 
 class GeluProjection(nn.Module):
@@ -274,26 +293,33 @@ class Block(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(
-        self, text_tokens: Tensor, video_tokens: Tensor, time_embed: Tensor, rotary: RotaryTable | None
+        self,
+        text_tokens: Tensor,
+        video_tokens: Tensor,
+        time_embed: Tensor,
+        rotary: RotaryTable | None,
+        pack: PackIndex | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            text_tokens, video_tokens: (B, L, D), (B, N, D).
+            text_tokens, video_tokens: (B, L, D), (B, N, D); of a pack (1, B*L, D), (1, tokens, D).
             time_embed: (B, time_embed_dim).
-            rotary: of all S tokens, or None.
+            rotary: of all S tokens, of a pack clip by clip; or None.
+            pack: which token is of which clip; None for a batch of clips of one size.
         Returns: text and video tokens, shapes as they came.
         """
         num_text_tokens = text_tokens.shape[1]
+        text_clips, video_clips = (None, None) if pack is None else (pack.text_clips, pack.video_clips)
 
-        tokens, text_gate, video_gate = self.norm1(text_tokens, video_tokens, time_embed)  # (B, S, D)
-        update = self.attn1(tokens, rotary)
-        text_tokens = text_tokens + text_gate * update[:, :num_text_tokens]
-        video_tokens = video_tokens + video_gate * update[:, num_text_tokens:]
+        tokens, text_gate, video_gate = self.norm1(text_tokens, video_tokens, time_embed, pack)  # (B, S, D)
+        update = self.attn1(tokens, rotary, pack)
+        text_tokens = add_gated(text_tokens, update[:, :num_text_tokens], text_gate, text_clips)
+        video_tokens = add_gated(video_tokens, update[:, num_text_tokens:], video_gate, video_clips)
 
-        tokens, text_gate, video_gate = self.norm2(text_tokens, video_tokens, time_embed)  # (B, S, D)
+        tokens, text_gate, video_gate = self.norm2(text_tokens, video_tokens, time_embed, pack)  # (B, S, D)
         update = self.ff(tokens)
-        text_tokens = text_tokens + text_gate * update[:, :num_text_tokens]
-        video_tokens = video_tokens + video_gate * update[:, num_text_tokens:]
+        text_tokens = add_gated(text_tokens, update[:, :num_text_tokens], text_gate, text_clips)
+        video_tokens = add_gated(video_tokens, update[:, num_text_tokens:], video_gate, video_clips)
         return text_tokens, video_tokens
 
 
@@ -305,8 +331,7 @@ class OutputAdaLayerNorm(nn.Module):
         self.linear = nn.Linear(time_embed_dim, 2 * width)
         self.norm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, video_tokens: Tensor, time_embed: Tensor) -> Tensor:
-        """(B, N, D) and (B, time_embed_dim) to (B, N, D)."""
-        shift, scale = self.linear(F.silu(time_embed))[:, None].chunk(2, dim=-1)  # (B, 1, D) each
-        out: Tensor = self.norm(video_tokens) * (1 + scale) + shift
-        return out
+    def forward(self, video_tokens: Tensor, time_embed: Tensor, pack: PackIndex | None) -> Tensor:
+        """(B, N, D) and (B, time_embed_dim) to (B, N, D); of a pack (1, tokens, D)."""
+        shift, scale = self.linear(F.silu(time_embed)).chunk(2, dim=-1)  # (B, D) each
+        return modulate(self.norm(video_tokens), shift, scale, None if pack is None else pack.video_clips)
