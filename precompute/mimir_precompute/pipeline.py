@@ -31,11 +31,12 @@ from mimir_precompute.prepare import (
     in_batches,
     prepare_shards,
 )
-from mimir_precompute.progress import Progress, SharedWork
+from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.quarantine import refuse_large_share, refuse_mass_loss, unusable_clips
 from mimir_precompute.remake import Remake, Remaking
 from mimir_precompute.shard_writer import ShardWriter
+from mimir_precompute.together import SharedWork
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import fingerprint

@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from mimir_precompute.pace import RecentRate, rate_together, time_left_s
+from mimir_precompute.pace import RecentRate
 from mimir_precompute.termination import when_stopped
+from mimir_precompute.together import SharedWork, Together, add_up, describe_together, workers_at
 from mimir_precompute.workers import (
     BEAT_S,
     SeenWorker,
@@ -23,46 +23,15 @@ from mimir_precompute.workers import (
     WorkerReport,
     describe_self,
     forget_dead_workers,
-    read_workers,
 )
 from mimir_shared.command_line import visible
 from mimir_shared.errors import MimirError
-from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FeatureName
 from mimir_shared.redaction import hide_secrets
-from mimir_shared.storage import LocalStorage
-from mimir_shared.wording import counted, describe_duration, format_size
+from mimir_shared.wording import counted, format_size
 
 _LINE_EVERY_S = 10.0
 _BAR_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedWork:
-    """What this worker makes together with others: where they commit, and what is to be there in the end."""
-
-    storage: LocalStorage
-    folder: FeatureFolder
-    clips_of_shard: Mapping[int, int]
-    """The shards that are to be made."""
-    generations: Mapping[int, int]
-    """The generation that makes a shard done, where it is not the first."""
-
-    def committed(self) -> set[int]:
-        """The shards that are done by now, whoever did them."""
-        newest = self.folder.generations()
-        return {shard for shard in self.clips_of_shard if newest.get(shard, -1) >= self.generations.get(shard, 0)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Together:
-    """One feature, as all workers have made it since this call began."""
-
-    clips: int
-    workers: int
-    clips_per_s: float | None
-    nbytes: int
-    quarantined: int
 
 
 class _Counts:
@@ -88,13 +57,23 @@ class Progress:
     """Counts the clips of the feature that is being made; writes to stderr, so that stdout stays clean.
 
     Args:
+        watch: look at what the other workers do; one of thousands does not, and shows itself alone.
         clock: seconds, for rates and for how often to write.
+        warnings: where warnings go, if not among the rest.
     """
 
     def __init__(
-        self, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic, console: Console | None = None
+        self,
+        *,
+        quiet: bool = False,
+        watch: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        console: Console | None = None,
+        warnings: Console | None = None,
     ) -> None:
         self._console = console or Console(stderr=True, quiet=quiet, highlight=False, markup=False)
+        self._warnings = warnings or self._console
+        self._watch = watch
         self._clock = clock
         self._lock = threading.Lock()
         self._counts = _Counts(clock)
@@ -187,7 +166,7 @@ class Progress:
         self._console.print(visible(hide_secrets(message)), soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self._console.print(visible(hide_secrets(f"warning: {message}")), soft_wrap=True)
+        self._warnings.print(visible(hide_secrets(f"warning: {message}")), soft_wrap=True)
 
     def tick(self, *, force: bool = False, line: bool = True) -> None:
         """Write what is due: our own file, a look at what the others wrote, the bars or a line."""
@@ -197,14 +176,14 @@ class Progress:
             self._exchange()
         together = self.together()
         if self._bar is not None and self._console.is_terminal:
-            self._bar.update(self._tasks["feature"], completed=together.clips, speed=self._describe(together))
+            self._bar.update(self._tasks["feature"], completed=together.clips, speed=describe_together(together))
             if "all" in self._tasks:
                 self._bar.update(self._tasks["all"], completed=self._clips_of_all(together))
         elif line and together.clips and now_s - self._last_line_s >= _LINE_EVERY_S:
             self._last_line_s = now_s
             whole = f" · all features {self._clips_of_all(together)}/{sum(self._expected.values())}"
             self._console.print(
-                f"{self._feature}: {together.clips}/{self._total} clips · {self._describe(together)}"
+                f"{self._feature}: {together.clips}/{self._total} clips · {describe_together(together)}"
                 f"{whole if len(self._expected) > 1 else ''}",
                 soft_wrap=True,
             )
@@ -212,21 +191,8 @@ class Progress:
     def together(self) -> Together:
         """This worker and the others, as far as they were heard of at the last beat."""
         with self._lock:
-            own = self._own_report()
-            others = [worker.report for worker in self._others]
-            clips = own.clips
-            if self._shared is not None:
-                # a report may be older than the commit of the shard that it speaks of
-                begun = [r.clips_in_shard for r in (own, *others) if r.shard not in self._committed]
-                sizes = self._shared.clips_of_shard
-                clips = sum(begun) + sum(sizes.get(shard, 0) for shard in self._committed)
-        return Together(
-            clips=min(clips, self._total),
-            workers=1 + len(others),
-            clips_per_s=rate_together(report.clips_per_s for report in (own, *others)),
-            nbytes=sum(report.bytes for report in (own, *others)),
-            quarantined=sum(report.quarantined for report in (own, *others)),
-        )
+            reports = [self._own_report(), *(worker.report for worker in self._others)]
+            return add_up(reports, self._total, self._shared, self._committed)
 
     def _begin(self, feature: str, clips: int, shared: SharedWork | None) -> None:
         self._feature, self._total, self._shared = feature, clips, shared
@@ -234,7 +200,7 @@ class Progress:
         with self._lock:
             self._counts = _Counts(self._clock)
             self._others, self._committed = [], set()
-        if shared is not None:
+        if shared is not None and self._watch:
             forget_dead_workers(shared.storage)
 
     def _exchange(self) -> None:
@@ -244,16 +210,12 @@ class Progress:
         with self._lock:
             own = self._own_report()
         self._file.write(own)
+        if not self._watch:
+            return
         # a disk that fails is for the stage to report that writes to it
         with contextlib.suppress(OSError, MimirError):
             committed = self._shared.committed()
-            others = [
-                worker
-                for worker in read_workers(self._shared.storage)
-                if worker.state == "working"
-                and worker.name != self._file.name
-                and (worker.report.feature, worker.report.fingerprint) == (own.feature, own.fingerprint)
-            ]
+            others = [worker for worker in workers_at(self._shared) if worker.name != self._file.name]
             with self._lock:
                 self._committed |= committed
                 self._others = others
@@ -275,17 +237,6 @@ class Progress:
     def _clips_of_all(self, together: Together) -> int:
         before = sum(clips for feature, clips in self._expected.items() if feature in self._finished)
         return before + (0 if self._feature in self._finished else together.clips)
-
-    def _describe(self, together: Together) -> str:
-        rate = together.clips_per_s
-        parts = ["… clips/s" if rate is None else f"{rate:.1f} clips/s"]
-        if together.workers > 1:
-            parts[0] += f" by {together.workers} workers"
-        parts += [format_size(together.nbytes), f"{together.quarantined} quarantined"]
-        left_s = time_left_s(self._total - together.clips, rate)
-        if left_s is not None:
-            parts.append(f"{describe_duration(left_s)} left")
-        return " · ".join(parts)
 
     @contextmanager
     def _bars(self) -> Iterator[None]:

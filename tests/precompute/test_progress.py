@@ -16,8 +16,9 @@ from rich.console import Console
 from mimir_precompute import workers
 from mimir_precompute.messages import describe_status
 from mimir_precompute.pace import RecentRate, rate_together, time_left_s
-from mimir_precompute.progress import Progress, SharedWork
+from mimir_precompute.progress import Progress
 from mimir_precompute.status import CacheStatus, FeatureStatus, add_pace
+from mimir_precompute.together import SharedWork
 from mimir_precompute.workers import SeenWorker, WorkerFile, WorkerReport, forget_dead_workers, read_workers
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.process_identity import process_domain
