@@ -18,7 +18,6 @@ from mimir_precompute.cli_options import (
     Clips,
     DecodeMemoryOption,
     DecodeTimeoutOption,
-    DecodeWorkersOption,
     FpsOption,
     GpuOption,
     InstructionsOption,
@@ -28,14 +27,17 @@ from mimir_precompute.cli_options import (
     LlmOption,
     MaxQuarantinedOption,
     ModelsOption,
+    PlaceOption,
     PresetOption,
     RemovalsOption,
     SeedOption,
     ShardSizeOption,
+    SharedDecodeWorkersOption,
     T5Option,
     UtilisationOption,
     VaeOption,
     VideoKeyOption,
+    WorkersOption,
     plan_request,
 )
 from mimir_precompute.config import ModelOptions
@@ -134,17 +136,19 @@ def encode(
     output_format: Annotated[str | None, typer.Option("--format", help="webdataset or zarr; default: what the cache "
                                                       "has, webdataset for a new one.", rich_help_panel=WHERE,
                                                       show_default=False)] = None,
-    decode_workers: DecodeWorkersOption = 2,
+    decode_workers: SharedDecodeWorkersOption = None,
     decode_timeout_s: DecodeTimeoutOption = 60,
     decode_memory_gb: DecodeMemoryOption = 4,
     max_quarantined: MaxQuarantinedOption = 0.01,
     accept_quarantine: AcceptQuarantineOption = False,
     on_mismatch: Annotated[str, typer.Option(help="error, or new: keep features made otherwise side by side.",
                                              rich_help_panel=WHERE)] = "error",
+    workers: WorkersOption = "1",
+    place: PlaceOption = None,
 ) -> None:  # fmt: skip
     """Encode the clips into the cache; run it again and it goes on where it stopped."""
     from mimir_precompute.commands import EncodeRequest, run_encode
-    from mimir_precompute.config import DecodeLimits
+    from mimir_precompute.config import DecodeLimits, TeamOptions
     from mimir_precompute.messages import describe_outcome
 
     request = EncodeRequest(
@@ -163,6 +167,7 @@ def encode(
         max_quarantined=max_quarantined,
         accept_quarantine=accept_quarantine,
         on_mismatch=on_mismatch,
+        team=TeamOptions(workers=workers, place=tuple(place or ())),
     )
     echo(describe_outcome(cache, run_encode(request)))
 

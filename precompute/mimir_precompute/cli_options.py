@@ -11,6 +11,7 @@ WHAT = "What is encoded"
 MODELS = "Models"
 WHERE = "How it is run"
 ESTIMATE = "What it will cost"
+TEAM = "Who works"
 
 Clips = Annotated[
     str,
@@ -150,6 +151,21 @@ DecodeWorkersOption = Annotated[
     int,
     typer.Option("--decode-workers", help="Processes that decode clips ahead.", min=1, rich_help_panel=WHERE),
 ]
+SharedDecodeWorkersOption = Annotated[
+    int | None,
+    typer.Option("--decode-workers", help="Processes that decode clips ahead, of all workers here together; default: 2 "
+                 "for each, as far as there are cores.", min=1, rich_help_panel=WHERE, show_default=False),
+]  # fmt: skip
+WorkersOption = Annotated[
+    str,
+    typer.Option("--workers", help="Processes on this machine that share the work: a number, or auto: one for each "
+                 "GPU, and 1 on a CPU. One that dies is started again.", rich_help_panel=TEAM),
+]  # fmt: skip
+PlaceOption = Annotated[
+    list[str] | None,
+    typer.Option("--place", help="Which workers make a feature: latents=all, t5=0, llm=1-3; repeatable. answers go "
+                 "where llm goes.", rich_help_panel=TEAM, show_default=False),
+]  # fmt: skip
 DecodeTimeoutOption = Annotated[
     float,
     typer.Option("--decode-timeout-s", help="CPU seconds that decoding one clip may take; a clip that takes more three "

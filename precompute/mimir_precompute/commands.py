@@ -2,31 +2,32 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mimir_precompute.clip_list import read_clip_list
-from mimir_precompute.config import DecodeLimits, ModelOptions
+from mimir_precompute.config import DecodeLimits, ModelOptions, TeamOptions
 from mimir_precompute.device import choose_device
 from mimir_precompute.messages import describe_plan
 from mimir_precompute.model_files import refuse_missing_folder
 from mimir_precompute.model_options import encode_settings, model_source
+from mimir_precompute.open_encoders import open_encoders, with_dependencies
 from mimir_precompute.option_values import (
     parse_choice,
     parse_feature_choices,
     parse_features,
     parse_shards,
-    read_shards,
+    read_numbers,
 )
-from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
-from mimir_precompute.plan import PlanReport, PlanRequest, geometry_of, update_plan
+from mimir_precompute.pipeline import EncodeOutcome, encode_cache
+from mimir_precompute.plan import PlanReport, PlanRequest, update_plan
 from mimir_precompute.presets import find_preset
 from mimir_precompute.quarantine import refuse_large_share, unusable_clips
 from mimir_precompute.termination import working_on
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import select_features
-from mimir_shared.features import FEATURES, FeatureName
+from mimir_shared.features import FeatureName
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan, read_plan
@@ -34,7 +35,7 @@ from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
 from mimir_shared.storage import LocalStorage, open_folder
 
 if TYPE_CHECKING:
-    from mimir_precompute.model_encoders import ModelEncoders
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,13 @@ class EncodeRequest:
     caption_key: str
     models: ModelOptions
     output_format: str | None
-    decode_workers: int
+    decode_workers: int | None
+    """Of all workers on this machine; None: two for each, as far as there are cores."""
     decode_limits: DecodeLimits
     max_quarantined: float
     accept_quarantine: bool
     on_mismatch: str
+    team: TeamOptions = field(default_factory=TeamOptions)
 
 
 def run_plan(
@@ -84,62 +87,57 @@ def run_plan(
 def run_encode(request: EncodeRequest) -> EncodeOutcome:
     """Check every option, plan where clips are given, and encode."""
     from mimir_precompute.decode_sandbox import DecodeSandbox
+    from mimir_precompute.encode_team import choose_team, encode_together
     from mimir_precompute.progress import Progress
     from mimir_precompute.provenance import RunLog
+    from mimir_precompute.worker_task import WorkerTask, make_job
 
     features = parse_features(request.features)
     on_mismatch: Literal["error", "new"] = parse_choice("--on-mismatch", request.on_mismatch, ("error", "new"))
-    data_format: CacheFormat | None = None
-    if request.output_format is not None:
-        data_format = parse_choice("--format", request.output_format, get_args(CacheFormat))
+    data_format = _parse_format(request.output_format)
     device = choose_device(request.models.device)
+    team = choose_team(request.team, request.models, features, device, request.decode_workers)
     storage = open_folder(request.cache)
     progress = Progress()
     _check_before_planning(request, storage, features, device)
     plan = _plan_for(request, storage, progress)
-    shards = parse_shards(request.shards, plan.num_shards)
+    task = WorkerTask(
+        cache=request.cache,
+        models=request.models,
+        features=features,
+        shards=parse_shards(request.shards, plan.num_shards),
+        data_format=data_format,
+        on_mismatch=on_mismatch,
+        decode_workers=team.decoders[0],
+        decode_limits=request.decode_limits,
+        max_quarantined=request.max_quarantined,
+        accept_quarantine=request.accept_quarantine,
+    )
     with working_on(storage):
         storage.check_writable()
         encoders = open_encoders(plan, request.models, features)
-        decoder = DecodeSandbox(request.decode_limits)
-        job = EncodeJob(
-            storage=storage,
-            plan=plan,
-            encoders=encoders,
-            shards=shards,
-            features=features,
-            on_mismatch=on_mismatch,
-            data_format=data_format,
-            max_quarantined=request.max_quarantined,
-            accept_quarantine=request.accept_quarantine,
-            decode_workers=request.decode_workers,
-            decoder=decoder,
-        )
-        with closing(decoder):
-            return encode_cache(job, progress, RunLog(storage, device))
+        with closing(DecodeSandbox(request.decode_limits)) as decoder:
+            job = make_job(task, storage, plan, encoders, decoder)
+            if team.is_one:
+                return encode_cache(job, progress, RunLog(storage, device))
+            return encode_together(job, task, team)
 
 
-def open_encoders(plan: Plan, options: ModelOptions, features: Sequence[FeatureName]) -> "ModelEncoders":
-    """Find and digest the models of some features; none is loaded yet. Raises InputError for what is missing."""
-    from mimir_precompute.model_encoders import ModelEncoders
-
-    preset = find_preset(plan.settings.preset) if plan.settings.preset else None
-    settings = encode_settings(options, preset, features, choose_device(options.device))
-    encoders = ModelEncoders(settings, geometry_of(plan.settings))
-    encoders.resolve(_with_dependencies(features))
-    return encoders
+def _parse_format(text: str | None) -> CacheFormat | None:
+    choice: CacheFormat | None = None if text is None else parse_choice("--format", text, get_args(CacheFormat))
+    return choice
 
 
 def _check_before_planning(
     request: EncodeRequest, storage: LocalStorage, features: Sequence[FeatureName], device: str
 ) -> None:
     """Raise InputError for options that cannot be right, while nothing is listed or written yet."""
-    read_shards(request.shards)
+    read_numbers("--shards ", request.shards)
     planned = read_plan(storage).settings.preset if storage.list("plan") else request.plan.preset
     if request.clips is None or (planned is None and not request.plan.buckets):
         return  # there is no plan, or nothing to plan by: told by whoever reads or makes it
     settings = encode_settings(request.models, find_preset(planned) if planned else None, features, device)
-    wanted = _with_dependencies(features)
+    wanted = with_dependencies(features)
     sources = {
         "latents": (settings.latents.source,),
         "t5": (settings.t5.text_encoder, settings.t5.tokenizer),
@@ -165,10 +163,6 @@ def _plan_for(request: EncodeRequest, storage: LocalStorage, progress: Any) -> P
     assert updated is not None, "planning without --dry-run gives a plan"
     progress.say(describe_plan(report))
     return updated
-
-
-def _with_dependencies(features: Sequence[FeatureName]) -> tuple[FeatureName, ...]:
-    return tuple(f for f in FEATURES if f in features or (f == "answers" and "llm" in features))
 
 
 def run_finalize(cache: str, wanted: Sequence[str], max_quarantined: float) -> Snapshot:

@@ -5,10 +5,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from mimir_precompute.clips import ClipDecoder
-from mimir_precompute.commands import open_encoders
 from mimir_precompute.config import DecodeLimits, ModelOptions
 from mimir_precompute.device import choose_device
 from mimir_precompute.messages import describe_verification
+from mimir_precompute.open_encoders import open_encoders
 from mimir_precompute.pipeline import EncodeJob
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog

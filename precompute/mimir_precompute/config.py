@@ -238,6 +238,16 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeamOptions:
+    """Who works, as typed behind `encode`."""
+
+    workers: str = "1"
+    """A number, or auto: one for each GPU."""
+    place: tuple[str, ...] = ()
+    """FEATURE=WORKERS each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
     """Every encoder's settings; each feature reads its own."""
 

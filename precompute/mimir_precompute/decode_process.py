@@ -175,6 +175,10 @@ def _too_slow() -> DecoderFailed:
 
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    # the modules of this process, wherever it has them from; one thread, for many clips are decoded at once
-    modules = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)
-    return {**kept, "PYTHONPATH": modules, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    # one thread, for many clips are decoded at once
+    return {**kept, "PYTHONPATH": module_path(), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def module_path() -> str:
+    """PYTHONPATH of a child that is to have the modules of this process, wherever those are from."""
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry)

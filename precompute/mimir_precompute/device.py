@@ -1,5 +1,6 @@
 """On which device the models run."""
 
+import os
 import re
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def choose_device(text: str) -> str:
     if index >= count:
         raise InputError(f"--device {text}: this machine has {count} CUDA devices; use --device cpu or auto")
     return text
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES is to be for a process that gets one of the GPUs of this one; empty without GPUs."""
+    if not _may_have_cuda():
+        return ()
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(named[:count] if named else map(str, range(count)))
 
 
 def _may_have_cuda() -> bool:

@@ -1,6 +1,7 @@
 """The features of the empty prompt, for the unconditional branch of training: one file beside the shards."""
 
 import time
+from collections.abc import Collection
 
 from mimir_precompute.encoders.base import Encoder
 from mimir_shared.errors import CacheError
@@ -8,6 +9,12 @@ from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.formats.webdataset import document_bytes
 from mimir_shared.layout import empty_name
 from mimir_shared.sealed import read_sealed_json, write_sealed_json, write_sealed_tensors
+
+
+def lacks_empty_prompt(folder: FeatureFolder, done: Collection[int]) -> bool:
+    """Whether a feature of which some shards are done has lost that of the empty prompt."""
+    name = empty_name(folder.feature, folder.fingerprint)
+    return bool(done) and folder.feature != "latents" and not folder.storage.exists(name)
 
 
 def publish_empty(folder: FeatureFolder, encoder: Encoder, answers: FeatureFolder | None) -> None:

@@ -39,19 +39,29 @@ def parse_shards(text: str, num_shards: int) -> tuple[int, ...]:
 
     Raises: InputError for what is none of these, and for shards that the plan does not have.
     """
+    return choose_numbers("--shards ", text, num_shards, "shard", "the plan has")
+
+
+def choose_numbers(option: str, text: str, count: int, noun: str, there_are: str) -> tuple[int, ...]:
+    """Some of the numbers from 0 to `count` - 1: "all", "0-63", "3,17", "2::8" or such joined by commas.
+
+    Args:
+        option, noun, there_are: for messages: "--shards ", "shard", "the plan has".
+    Raises: InputError for what is none of these, and for numbers that are not among them.
+    """
     chosen: set[int] = set()
-    for part in read_shards(text):
-        numbers: Sequence[int] = part if isinstance(part, range) else range(num_shards)[part]
-        if isinstance(part, slice) and part.start is not None and part.start >= num_shards:
+    for part in read_numbers(option, text):
+        numbers: Sequence[int] = part if isinstance(part, range) else range(count)[part]
+        if isinstance(part, slice) and part.start is not None and part.start >= count:
             numbers = [part.start]
-        for outside in (n for n in (*numbers[:1], *numbers[-1:]) if not 0 <= n < num_shards):
-            raise InputError(f"--shards {text!r}: no shard {outside}; the plan has shards 0 to {num_shards - 1}")
+        for outside in (n for n in (*numbers[:1], *numbers[-1:]) if not 0 <= n < count):
+            raise InputError(f"{option}{text!r}: no {noun} {outside}; {there_are} {noun}s 0 to {count - 1}")
         chosen.update(numbers)
     return tuple(sorted(chosen))
 
 
-def read_shards(text: str) -> list[range | slice]:
-    """What --shards says, before it is known how many there are. Raises InputError where it is not understood."""
+def read_numbers(option: str, text: str) -> list[range | slice]:
+    """What such an option says, before it is known how many there are. Raises InputError where it is not understood."""
     if text == "all":
         return [slice(None)]
     parts: list[range | slice] = []
@@ -68,7 +78,7 @@ def read_shards(text: str) -> list[range | slice]:
                 raise ValueError(part)
         except ValueError as fault:
             raise InputError(
-                f"--shards {text!r}: {part!r} is not understood; expected all, 0-63, 3,17 or 2::8 (start:stop:step)"
+                f"{option}{text!r}: {part!r} is not understood; expected all, 0-63, 3,17 or 2::8 (start:stop:step)"
             ) from fault
         parts.append(range(first, last + 1))
     return parts

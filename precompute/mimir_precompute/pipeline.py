@@ -14,7 +14,7 @@ from mimir_precompute.commit import commit_shard
 from mimir_precompute.completion import write_snapshot_if_complete
 from mimir_precompute.data_format import choose_format, refuse_other_format
 from mimir_precompute.drift import refuse_other_identity
-from mimir_precompute.empty_prompt import publish_empty, require_answers
+from mimir_precompute.empty_prompt import lacks_empty_prompt, publish_empty, require_answers
 from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
 from mimir_precompute.lease import HEARTBEAT_S, Leases, ShardClaims
 from mimir_precompute.overlap import Channel, Crew
@@ -41,7 +41,7 @@ from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import fingerprint
 from mimir_shared.formats.open_format import open_shard_format
-from mimir_shared.layout import empty_name, spec_name
+from mimir_shared.layout import spec_name
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan
 from mimir_shared.snapshot import Snapshot
@@ -243,8 +243,7 @@ def encode_feature(
     done = folder.generations()
     todo = [shard for shard in job.shards if (shard not in done if job.remaking is None else shard in remakes)]
     outcome = FeatureOutcome(feature=feature, shards_done_before=len(job.shards) - len(todo))
-    lost_empty = bool(done) and feature != "latents" and not job.storage.exists(empty_name(feature, spec.fingerprint))
-    if not todo and not lost_empty:
+    if not todo and not lacks_empty_prompt(folder, done):
         return outcome
     if answers is not None:
         require_answers(answers, wait="answers" in job.others_make)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from mimir_precompute.pace import RecentRate
@@ -30,8 +30,14 @@ from mimir_shared.features import FeatureName
 from mimir_shared.redaction import hide_secrets
 from mimir_shared.wording import counted, format_size
 
-_LINE_EVERY_S = 10.0
-_BAR_EVERY_S = 0.5
+LINE_EVERY_S = 10.0
+BAR_EVERY_S = 0.5
+
+
+def bar_columns() -> tuple[ProgressColumn, ...]:
+    """Of a bar whose task has a field `speed`."""
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn())
+    return (*columns, TextColumn("{task.fields[speed]}"))
 
 
 class _Counts:
@@ -179,7 +185,7 @@ class Progress:
             self._bar.update(self._tasks["feature"], completed=together.clips, speed=describe_together(together))
             if "all" in self._tasks:
                 self._bar.update(self._tasks["all"], completed=self._clips_of_all(together))
-        elif line and together.clips and now_s - self._last_line_s >= _LINE_EVERY_S:
+        elif line and together.clips and now_s - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = now_s
             whole = f" · all features {self._clips_of_all(together)}/{sum(self._expected.values())}"
             self._console.print(
@@ -240,14 +246,7 @@ class Progress:
 
     @contextmanager
     def _bars(self) -> Iterator[None]:
-        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn())
-        bar = RichProgress(
-            *columns,
-            TextColumn("{task.fields[speed]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        with bar:
+        with RichProgress(*bar_columns(), console=self._console, disable=not self._console.is_terminal) as bar:
             self._bar = bar
             self._tasks = {"feature": bar.add_task(self._feature, total=self._total, speed="")}
             if len(self._expected) > 1:
@@ -271,5 +270,5 @@ class Progress:
             self._file = None
 
     def _tick_until(self, over: threading.Event) -> None:
-        while not over.wait(_BAR_EVERY_S if self._console.is_terminal else 1.0):
+        while not over.wait(BAR_EVERY_S if self._console.is_terminal else 1.0):
             self.tick()

@@ -68,8 +68,9 @@ def working_on(storage: Storage) -> Iterator[None]:
         with contextlib.suppress(Exception):
             storage.tidy()
         name = signal.Signals(number).name
-        sys.stderr.write(f"stopped by {name}; what was committed stays, the same command goes on from there\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # whoever would read it may have gone first
+            sys.stderr.write(f"stopped by {name}; what was committed stays, the same command goes on from there\n")
+            sys.stderr.flush()
         os._exit(EXIT_CODES[signal.Signals(number)])
 
     handlers_before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}

@@ -242,3 +242,20 @@ def test_status_says_it_again_until_it_is_interrupted(
     code, out, _ = call(capfd, "status", tmp_path, "--json", "--watch", 5)
     assert (code, pauses) == (0, [5.0] * 3)
     assert [json.loads(line)["clips"] for line in out.splitlines()] == [12] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--workers", "0"), "--workers '0': expected a number, or auto: one for each GPU"),
+        (("--workers", "some"), "--workers 'some': expected a number, or auto"),
+        (("--workers", "2", "--place", "latents=2"), "no worker 2; there are workers 0 to 1"),
+        (("--workers", "2", "--llm-tensor-parallel", "2"), "each of several --workers has one GPU"),
+    ],
+)
+def test_a_team_that_cannot_be_is_refused_before_anything_is_written(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, options: tuple[str, ...], says: str
+) -> None:
+    arguments = ("encode", "clips", "--cache", tmp_path / "cache", "--preset", "tiny", "--device", "cpu", *options)
+    check_error(capfd, 2, says, arguments=arguments)
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,171 @@
+"""`encode` by several workers: how many, where each runs, what each makes, and what they made together."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mimir_precompute.config import ModelOptions, TeamOptions
+from mimir_precompute.device import visible_gpus
+from mimir_precompute.empty_prompt import lacks_empty_prompt
+from mimir_precompute.local_workers import LocalWorker
+from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, FeatureOutcome, conclude, open_features
+from mimir_precompute.placement import Placement, features_of, parse_placement, share_decoders
+from mimir_precompute.team import BACKOFF_S, RunningWorker, Team
+from mimir_precompute.team_view import TeamView
+from mimir_precompute.termination import when_stopped
+from mimir_precompute.together import SharedWork
+from mimir_precompute.worker_task import WorkerTask
+from mimir_shared.errors import InputError
+from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.features import FeatureName
+from mimir_shared.wording import counted
+
+Starter = Callable[[WorkerTask, TeamView], RunningWorker]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeamPlan:
+    """Who works."""
+
+    placement: Placement
+    decoders: tuple[int, ...]
+    """Processes that decode, worker by worker."""
+    devices: tuple[str, ...]
+    """The device of each, as it sees it: "cuda" is the one GPU that it is given."""
+    start: Starter
+    told: str
+    """For a person: how many, and where."""
+
+    @property
+    def is_one(self) -> bool:
+        return len(self.decoders) == 1
+
+
+def choose_team(
+    options: TeamOptions,
+    models: ModelOptions,
+    features: Sequence[FeatureName],
+    device: str,
+    decode_workers: int | None,
+) -> TeamPlan:
+    """From the options to the workers of this machine. Raises InputError for what cannot be."""
+    gpus = visible_gpus() if device == "cuda" else ()
+    num_workers = _num_workers(options.workers, gpus)
+    placement = parse_placement(options.place, num_workers, features)
+    if num_workers == 1:
+        gpus = ()
+    elif ":" in device:
+        raise InputError(
+            f"--device {device}: is one device and --workers {options.workers} asks for several; leave --device out, "
+            f"and choose among the GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    elif device == "cuda" and num_workers > len(gpus):
+        raise InputError(
+            f"--workers {num_workers}: this process sees {counted(len(gpus), 'GPU')}, and each worker has one of its "
+            f"own; give --workers auto"
+        )
+    elif models.llm_tensor_parallel > 1 and not {"answers", "llm"}.isdisjoint(features):
+        raise InputError(
+            f"--llm-tensor-parallel {models.llm_tensor_parallel}: each of several --workers has one GPU; encode "
+            f"answers and llm by a call of their own, without --workers: --features answers,llm"
+        )
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // num_workers)
+    where = ", one on each GPU" if gpus else f" on the CPU, {counted(threads, 'thread')} each"
+    return TeamPlan(
+        placement=placement,
+        decoders=tuple(share_decoders(decode_workers, n, placement, cores) for n in range(num_workers)),
+        devices=("cuda" if gpus else device,) * num_workers,
+        start=_starter(gpus, threads),
+        told=f"{counted(num_workers, 'worker')}{where}",
+    )
+
+
+def _num_workers(text: str, gpus: Sequence[str]) -> int:
+    if text == "auto":
+        return max(1, len(gpus))
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--workers {text!r}: expected a number, or auto: one for each GPU")
+    return int(text)
+
+
+def _starter(gpus: Sequence[str], threads: int) -> Starter:
+    def start(task: WorkerTask, view: TeamView) -> LocalWorker:
+        environment, name = (
+            {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))},
+            f"worker {task.number}",
+        )
+        if gpus:
+            environment, name = {"CUDA_VISIBLE_DEVICES": gpus[task.number]}, f"{name} (GPU {gpus[task.number]})"
+        return LocalWorker(task, name=name, environment=environment, say=view.say)
+
+    return start
+
+
+def encode_together(job: EncodeJob, task: WorkerTask, team: TeamPlan, *, backoff_s: float = BACKOFF_S) -> EncodeOutcome:
+    """As encode_cache, by several workers.
+
+    Args:
+        job, task: the whole, to be divided.
+        backoff_s: as for Team.
+    """
+    specs = open_features(job)
+    works, lacking = _works(job, {feature: spec.fingerprint for feature, spec in specs.items()})
+    copied: dict[str, int] = {}
+    if lacking:
+        view = TeamView([work for work in works.values() if work.clips_of_shard])
+        members = Team(
+            [_share(task, team, number) for number in range(len(team.decoders))],
+            lambda share: team.start(share, view),
+            view,
+            backoff_s=backoff_s,
+        )
+        with when_stopped(members.stop), view.showing(team.told):
+            for made in members.run():
+                copied[made.feature] = copied.get(made.feature, 0) + made.copied
+    outcome = EncodeOutcome(features=[_made(job, work, copied.get(work.folder.feature, 0)) for work in works.values()])
+    conclude(job, specs, outcome)
+    return outcome
+
+
+def _works(job: EncodeJob, fingerprints: Mapping[FeatureName, str]) -> tuple[dict[FeatureName, SharedWork], bool]:
+    """What is missing of each feature, and whether anything is."""
+    works: dict[FeatureName, SharedWork] = {}
+    lacking = False
+    for feature in job.features:
+        folder = FeatureFolder(job.storage, feature, fingerprints[feature])
+        done = folder.generations()
+        sizes = {shard: job.plan.file_of(shard).num_clips(shard) for shard in job.shards if shard not in done}
+        works[feature] = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations={})
+        lacking = lacking or bool(sizes) or lacks_empty_prompt(folder, done)
+    return works, lacking
+
+
+def _share(task: WorkerTask, team: TeamPlan, number: int) -> WorkerTask:
+    features = features_of(number, team.placement)
+    return replace(
+        task,
+        number=number,
+        models=replace(task.models, device=team.devices[number]),
+        features=features,
+        others_make=frozenset(team.placement) - frozenset(features),
+        decode_workers=team.decoders[number],
+    )
+
+
+def _made(job: EncodeJob, work: SharedWork, copied: int) -> FeatureOutcome:
+    """What all workers made of a feature, as the commit records have it.
+
+    Args:
+        copied: clips, as the workers that came to their end said.
+    """
+    made = {shard: work.folder.generations()[shard] for shard in sorted(work.committed())}
+    outcome = FeatureOutcome(feature=work.folder.feature, shards_done_before=len(job.shards) - len(work.clips_of_shard))
+    for metadata, _ in work.folder.read_all_metadata(made):
+        outcome.shards_made += 1
+        outcome.encoded += metadata.ok
+        outcome.quarantined += metadata.quarantined
+        outcome.nbytes += sum(file.bytes for file in metadata.files)
+    outcome.copied = min(copied, outcome.encoded)
+    outcome.encoded -= outcome.copied
+    return outcome
