@@ -27,6 +27,15 @@ DECLARED: Final = frozenset(
         "lease.dropped",
         "gc.set_aside",
         "gc.removed",
+        "checkpoint.folder_made",
+        "checkpoint.tensor_written",
+        "checkpoint.file_synced",
+        "checkpoint.manifest_written",
+        "checkpoint.manifest_synced",
+        "checkpoint.old_set_aside",
+        "checkpoint.renamed",
+        "checkpoint.removed_from_sight",
+        "checkpoint.removed",
     }
 )
 """Every point with a literal name; the others are those of PUBLISHING."""

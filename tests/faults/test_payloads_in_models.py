@@ -14,7 +14,8 @@ from mimir_precompute.encoders.prompts import PromptBuilder
 from mimir_precompute.model_files import resolve_model
 from mimir_shared.errors import CacheError, InputError, MimirError
 from mimir_shared.sealed import write_sealed_json
-from mimir_train.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_checkpoint_info, read_state
+from mimir_train.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_checkpoint_info
+from mimir_train.checkpoint_storage import PieceReader
 from mimir_train.fuser_folder import load_fuser
 from mimir_train.open_checkpoint import open_checkpoint
 from mimir_train.transformer_folder import load_transformer
@@ -189,10 +190,9 @@ class TestCheckpoints:
     def test_pickles_whose_digests_are_right_are_still_no_tensors(self, tmp_path: Path, canary: Path) -> None:
         folder = tmp_path / "step-00000001"
         folder.mkdir()
-        (folder / "optimizer.safetensors").write_bytes(pickled(canary))
-        (folder / "state.json").write_text('{"step": 1, "order": {}, "config_sha256": "0"}')
-        with pytest.raises(CacheError, match="step-00000001"):
-            read_state(folder)
-        (folder / MANIFEST).write_bytes(write_sealed_json({"version": 1, "step": "__import__('os')"}))
-        with pytest.raises(CacheError, match="not of version 1"):
+        (folder / "00000.safetensors").write_bytes(pickled(canary))
+        with pytest.raises(CacheError, match=r"step-00000001/00000.safetensors: not a file of a checkpoint"):
+            PieceReader(folder, ["00000.safetensors"])
+        (folder / MANIFEST).write_bytes(write_sealed_json({"version": 2, "step": "__import__('os')"}))
+        with pytest.raises(CacheError, match="not as this program writes it"):
             read_checkpoint_info(folder, parts=())

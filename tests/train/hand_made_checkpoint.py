@@ -24,12 +24,16 @@ from mimir_precompute.identity import feature_identity, resolve_models
 from mimir_shared.command_line import make_app
 from mimir_shared.features import FEATURES
 from mimir_shared.fingerprint import fingerprint
-from mimir_train.checkpoint import CheckpointInfo, TrainingState, save_checkpoint
+from mimir_train.checkpoint import MODEL, CheckpointInfo
+from mimir_train.checkpoint_parts import ModelPart
+from mimir_train.checkpoint_saver import CheckpointSaver, Kept
 from mimir_train.cli_sample import add_commands
-from mimir_train.fuser_folder import fuser_document
+from mimir_train.config_document import to_document
+from mimir_train.launch import Place
 from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig, FuserName
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
+from mimir_train.parallel import Parallel
 from mimir_train.trained_model import TrainedModel
 
 BUCKETS = ("1x32x48", "9x32x48")
@@ -111,12 +115,13 @@ def write_checkpoint(
 ) -> Path:
     """Write RUN/checkpoints/step-…; gives that folder."""
 
-    def describe(step: int, files: dict[str, Any]) -> CheckpointInfo:
+    def describe(step: int, files: Mapping[str, Any]) -> CheckpointInfo:
         return CheckpointInfo.model_validate(
             {
                 "step": step,
                 "preset": "tiny",
-                "files": files,
+                "files": dict(files),
+                "training": {"order": {}, "config_sha256": "0" * 64},
                 "data": {
                     "snapshot": "5" * 64,
                     "features": {
@@ -129,13 +134,18 @@ def write_checkpoint(
                     "latents_std": 1 / SCALING_FACTOR,
                 },
                 "objective": {"snr_shift_scale": snr_shift_scale},
-                "fuser": fuser_document(model.fuser.config),
+                "transformer": to_document(model.dit.config),
+                "fuser": to_document(model.fuser.config),
                 "text": {"t5_rows": T5_ROWS, "text_align": "index", "empty_text": empty_text},
             }
         )
 
-    state = TrainingState(step=step, order={}, config_sha256="0" * 64)
-    return save_checkpoint(run, model, dict(model.named_parameters()), {"nothing": torch.zeros(1)}, state, describe)
+    alone = Parallel(place=Place(), device=torch.device("cpu"))
+    with CheckpointSaver(run, {MODEL: ModelPart(model)}, describe, alone, kept=Kept(), background=False) as saver:
+        saver.start(step)
+        written = saver.wait()
+    assert written is not None
+    return written
 
 
 def command(*arguments: str | Path) -> None:

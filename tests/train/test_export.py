@@ -113,7 +113,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(checkpoint: Path, tmp_path: Pa
 
 def test_damaged_weights_are_never_exported(toy_world: Path, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "run", identities(toy_world / "models"), random_model("baseline"))
-    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = folder / "model/00000.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)

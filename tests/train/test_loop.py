@@ -37,16 +37,17 @@ from tests.train.caches import (
     resumed_config,
     tiny_config,
 )
+from tests.train.checkpoints import tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tensors_of(outcome: TrainOutcome) -> dict[str, torch.Tensor]:
+def saved_by(outcome: TrainOutcome) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint that training changes."""
     assert outcome.checkpoint is not None
-    files = sorted(outcome.checkpoint.rglob("*.safetensors"))
-    assert len(files) == 3
-    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+    tensors = tensors_of(outcome.checkpoint)
+    assert {name.partition(".")[0] for name in tensors} == {"model", "optimizer", "random"}
+    return tensors
 
 
 def save_random_transformer(folder: Path, **sizes: int) -> Path:
@@ -83,9 +84,9 @@ def test_the_stabilizer_waits_for_its_step(small_cache: Path, tmp_path: Path) ->
     def trained(name: str, **settings: object) -> tuple[list[float], list[torch.Tensor]]:
         common = {"run__max_train_steps": 8, "run__checkpointing_steps": 1, "optimizer__warmup_steps": 0}
         train(tiny_config(small_cache, tmp_path / name, **common, **settings))
-        files = sorted((tmp_path / name).glob("checkpoints/step-*/fuser/model.safetensors"))
-        fusers = [load_file(path) for path in files]
-        return losses_of(tmp_path / name), [fuser["stabilizer_offsets"] for fuser in fusers if len(fuser) > 3]
+        models = [tensors_of(path, "model") for path in sorted((tmp_path / name).glob("checkpoints/step-*"))]
+        offsets = "model.fuser.stabilizer_offsets"
+        return losses_of(tmp_path / name), [model[offsets] for model in models if offsets in model]
 
     late, late_offsets = trained("late", model__stabilizer_start_step=6)
     without, _ = trained("without", model__fuser="norm_zeroconv")
@@ -173,7 +174,7 @@ def test_ten_steps_are_five_and_five_more_bit_for_bit(small_cache: Path, tmp_pat
     train(tiny_config(small_cache, tmp_path / "parts", run__stop_at_step=5))
     rest = train(resumed_config(tmp_path / "parts"), "latest")
     assert (whole.steps_done, rest.steps_done) == (10, 10)
-    expected, found = tensors_of(whole), tensors_of(rest)
+    expected, found = saved_by(whole), saved_by(rest)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
@@ -198,7 +199,7 @@ def test_a_checkpoint_of_another_run_can_be_gone_on_from(small_cache: Path, tmp_
     longer = train(resumed_config(tmp_path / "one", run__max_train_steps=6), "latest")
     start = tmp_path / "one/checkpoints/step-00000004"
     other = train(resumed_config(tmp_path / "two", str(start), run__max_train_steps=6), str(start))
-    expected, found = tensors_of(longer), tensors_of(other)
+    expected, found = saved_by(longer), saved_by(other)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
@@ -346,10 +347,10 @@ def test_training_goes_on_from_a_diffusers_folder(small_cache: Path, tmp_path: P
     (tmp_path / "pipeline/vae/config.json").write_text(json.dumps({"scaling_factor": 1.25}))
     settings = {"model__fit_to_cache": False, "run__max_train_steps": 1, "optimizer__learning_rate": 1e-12}
     train(tiny_config(small_cache, tmp_path / "run", model__init_from=str(tmp_path / "pipeline"), **settings))
-    trained = load_file(tmp_path / "run/checkpoints/step-00000001/transformer/diffusion_pytorch_model.safetensors")
+    trained = tensors_of(tmp_path / "run/checkpoints/step-00000001", "model")
     initial = load_file(folder / "diffusion_pytorch_model.safetensors")
     for name, tensor in initial.items():
-        assert torch.allclose(tensor, trained[name], atol=1e-9), name
+        assert torch.allclose(tensor, trained[f"model.dit.{name}"], atol=1e-9), name
     written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert written["model"]["latent_scaling_factor"] == 1.25  # of the VAE that lies beside it
     with pytest.raises(CacheError, match=r"scaled by 0.7, but the VAE beside .* has the scaling factor 1.25"):

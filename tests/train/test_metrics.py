@@ -44,7 +44,9 @@ def rank_report(data_wait_s: float, forward_s: float, memory_bytes: int = 10**9)
     load = RankLoad(
         tokens=100, model_flops=4e12, data_wait_s=data_wait_s, forward_s=forward_s, memory_bytes=memory_bytes
     )
-    return RankReport(clip_losses=(0.5, 1.5), attempts=(0, 3), grad_norm=0.7, stop_requested=True, load=load)
+    return RankReport(
+        clip_losses=(0.5, 1.5), attempts=(0, 3), grad_norm=0.7, stop_requested=True, save_failed=True, load=load
+    )
 
 
 # --- the figures of a step ----------------------------------------------------------------------------------------

@@ -31,9 +31,11 @@ class BuiltModel:
     sharing: Sharing
 
 
-def build_model(fitted: FittedRun, parallel: Parallel) -> BuiltModel:
+def build_model(fitted: FittedRun, parallel: Parallel, *, filled_later: bool) -> BuiltModel:
     """Build transformer and fuser in float32 on this rank's device, shared as the settings say.
 
+    Args:
+        filled_later: leave the weights as the memory is, for a checkpoint is read into them.
     Raises: InputError, CacheError where the initial transformer's folder is not what it should be.
     """
     config = fitted.config
@@ -44,7 +46,8 @@ def build_model(fitted: FittedRun, parallel: Parallel) -> BuiltModel:
     sharing = settle_sharing(config.parallel, parallel, sum(p.numel() for p in model.parameters()))
     shard_model(model, sharing, parallel, config.run.precision)
     model.to_empty(device=parallel.device)
-    fill_first_weights(model, fitted)
+    if not filled_later:
+        fill_first_weights(model, fitted)
     wrapped = replicate_model(model, sharing, find_unused=fitted.fuser.stabilizer_start_step > 0)
     return BuiltModel(model=model, wrapped=wrapped, sharing=sharing)
 

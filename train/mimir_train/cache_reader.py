@@ -42,7 +42,7 @@ class Cache(SnapshotReader):
     def clip_number(self, bucket: str, place: ClipPlace) -> int:
         """The index number of a clip that an order names."""
         first = self._first_of_shard[bucket][place.shard]
-        number = self.clips.numbers_of_bucket[bucket].item(first + place.number)
+        number: int = self.clips.numbers_of_bucket[bucket].item(first + place.number)
         assert self.clips.shards[number] == place.shard, f"{place} of {bucket}"
         return number
 

@@ -1,45 +1,31 @@
 """Checkpoints: RUN/checkpoints/step-00000020 holds all that a run needs to go on, and what sampling needs.
 
-    transformer/            a diffusers folder, float32
-    fuser/                  config.json, model.safetensors
-    optimizer.safetensors   the state of AdamW by parameter name
-    state.json              scalars: step, order
-    checkpoint.json         written last: sha256 of every file above, and what the model was trained on
+    model/00000.safetensors       the weights: what rank 0 wrote of them, float32; a file for each rank
+    optimizer/00000.safetensors   the state of AdamW by parameter name
+    random/00000.safetensors      the state of each rank's generators
+    checkpoint.json               written last: sha256 of every file above, step and order, and what was trained on what
 
-A checkpoint is written under another name, made durable and then renamed; checkpoint.json carries a seal over itself.
+It is written under another name, made durable and then renamed; checkpoint.json carries a seal over itself.
 Nothing in it is pickled, and no file of it is believed before its sha256 was compared.
 """
 
-import errno
 import hashlib
-import os
 import re
-import shutil
 import sys
-import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mimir_shared.errors import CacheError, InputError
-from mimir_shared.plain_documents import parse_json
-from mimir_shared.sealed import read_sealed_json, write_sealed_json
-from mimir_shared.storage import machine_faults
-from mimir_train.fuser_folder import save_fuser
-from mimir_train.trained_model import TrainedModel
-from mimir_train.transformer_folder import save_transformer
+from mimir_shared.sealed import read_sealed_json
 
-CHECKPOINT_VERSION: Final = 1
+CHECKPOINT_VERSION: Final = 2
 CHECKPOINTS: Final = "checkpoints"
-TRANSFORMER: Final = "transformer"
-FUSER: Final = "fuser"
-OPTIMIZER: Final = "optimizer.safetensors"
-STATE: Final = "state.json"
+MODEL: Final = "model"
+OPTIMIZER: Final = "optimizer"
+RANDOM: Final = "random"
 MANIFEST: Final = "checkpoint.json"
 
 _STEP_FOLDER: Final = re.compile(r"step-(\d{8,})")
@@ -92,91 +78,44 @@ class ObjectiveRecord(BaseModel):
     snr_shift_scale: float
 
 
+class TrainingRecord(BaseModel):
+    """The scalars that a run goes on from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    order: dict[str, int] = Field(description="as TrainingOrder.state gives it")
+    config_sha256: str = Field(description="of the settings that decide the training (`training_digest`)")
+
+
 class CheckpointInfo(BaseModel):
     """checkpoint.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     seal: str = ""
-    version: Literal[1] = CHECKPOINT_VERSION
+    version: Literal[2] = CHECKPOINT_VERSION
     step: int = Field(ge=0, description="steps that were trained; the next is the step of this number")
     preset: str
     files: dict[str, FileDigest] = Field(description="every other file, relative to the checkpoint")
+    training: TrainingRecord
     data: DataRecord
     objective: ObjectiveRecord
+    transformer: dict[str, Any] = Field(description="its config as plain JSON")
     fuser: dict[str, Any] = Field(description="its config as plain JSON")
     text: TextRecord
 
-
-class TrainingState(BaseModel):
-    """state.json: the scalars that a run goes on from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    version: Literal[1] = CHECKPOINT_VERSION
-    step: int
-    order: dict[str, int] = Field(description="as TrainingOrder.state gives it")
-    config_sha256: str = Field(description="of the settings that decide the training (`training_digest`)")
+    def files_of(self, part: str) -> list[str]:
+        """The files of "model", "optimizer" and so on."""
+        return [name for name in self.files if name.startswith(f"{part}/")]
 
 
 def step_folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    run: Path,
-    model: TrainedModel,
-    weights: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, Tensor],
-    state: TrainingState,
-    describe: Callable[[int, dict[str, FileDigest]], CheckpointInfo],
-) -> Path:
-    """Write a checkpoint whole or not at all.
-
-    Args:
-        weights: of the model, whole, by parameter name.
-        describe: makes checkpoint.json of the step and the digests of the files.
-    Returns: its folder; it takes the place of one of the same step.
-    Raises: MachineError for faults of the disk; earlier checkpoints are untouched.
-    """
-    parent = run / CHECKPOINTS
-    final = parent / step_folder_name(state.step)
-    temporary = parent / f".{final.name}-{uuid.uuid4().hex}"
-    with machine_faults(f"{final}: saving the checkpoint"):
-        temporary.mkdir(parents=True)
-        try:
-            parts = [
-                {name.removeprefix(part): tensor for name, tensor in weights.items() if name.startswith(part)}
-                for part in ("dit.", "fuser.")
-            ]
-            save_transformer(model.dit.config, parts[0], temporary / TRANSFORMER)
-            save_fuser(model.fuser.config, parts[1], temporary / FUSER)
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_state.items()},
-                      temporary / OPTIMIZER)  # fmt: skip
-            (temporary / STATE).write_text(state.model_dump_json(indent=1) + "\n")
-            files = {name: _digest_and_sync(temporary / name) for name in _file_names(temporary)}
-            info = describe(state.step, files).model_dump(mode="json", exclude={"seal"})
-            (temporary / MANIFEST).write_bytes(write_sealed_json(info))
-            _digest_and_sync(temporary / MANIFEST)
-            for directory in (temporary / TRANSFORMER, temporary / FUSER, temporary):
-                _sync(directory)
-            if final.exists():
-                _remove(final)
-            temporary.rename(final)
-            _sync(parent)
-        except SafetensorError as fault:  # how that library tells of a full disk
-            raise OSError(errno.EIO, str(fault)) from fault
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return final
-
-
-def remove_old_checkpoints(run: Path, keep: int | None) -> None:
-    """Leave the newest `keep` checkpoints, and nothing that a killed run left half-written."""
-    for entry in (run / CHECKPOINTS).iterdir():
-        if entry.name.startswith(".step-"):
-            shutil.rmtree(entry, ignore_errors=True)
-    if keep is not None:
-        for folder in list_checkpoints(run)[:-keep]:
-            _remove(folder)
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    assert match is not None, f"{folder} is no checkpoint"
+    return int(match[1])
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -184,8 +123,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     parent = run / CHECKPOINTS
     if not parent.is_dir():
         return []
-    found = [(int(match[1]), path) for path in parent.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)), key=step_of)
 
 
 def check_checkpoint(folder: Path, parts: Collection[str] | None = None) -> str | None:
@@ -250,16 +188,6 @@ def read_checkpoint_info(path: Path, *, parts: Collection[str] | None = None) ->
     return _read_manifest(path)
 
 
-def read_state(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
-    """Scalars and optimizer state of a checkpoint that `find_checkpoint` found good. Raises CacheError."""
-    try:
-        state = TrainingState.model_validate(parse_json((folder / STATE).read_text()))
-        tensors = load_file(folder / OPTIMIZER)
-    except (OSError, ValueError, SafetensorError) as fault:
-        raise CacheError(f"{folder}: {' '.join(str(fault).splitlines()[:3])}; written by another release?") from fault
-    return state, tensors
-
-
 def _read_manifest(folder: Path) -> CheckpointInfo:
     path = folder / MANIFEST
     try:
@@ -267,17 +195,17 @@ def _read_manifest(folder: Path) -> CheckpointInfo:
     except OSError as fault:
         raise CacheError(f"{path}: {fault.strerror}; the checkpoint was not finished, or is damaged") from fault
     document: Json = read_sealed_json(data, str(path))
+    if document.get("version") != CHECKPOINT_VERSION:
+        raise CacheError(
+            f"{path}: a checkpoint of version {document.get('version')!r}, and this program reads version "
+            f"{CHECKPOINT_VERSION}; go on with the release that wrote it, or begin anew"
+        )
     try:
         return CheckpointInfo.model_validate(document)
     except ValidationError as fault:
         raise CacheError(
-            f"{path}: not of version {CHECKPOINT_VERSION}: {' '.join(str(fault).splitlines()[:3])}; it was written by "
-            f"another release of this program"
+            f"{path}: not as this program writes it: {' '.join(str(fault).splitlines()[:3])}; it is of another release"
         ) from fault
-
-
-def _file_names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _digest(path: Path) -> FileDigest:
@@ -287,24 +215,3 @@ def _digest(path: Path) -> FileDigest:
             sha256.update(chunk)
             nbytes += len(chunk)
     return FileDigest(bytes=nbytes, sha256=sha256.hexdigest())
-
-
-def _digest_and_sync(path: Path) -> FileDigest:
-    _sync(path)
-    return _digest(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    """Take a checkpoint out of sight first: a half-removed one must not look like a damaged one."""
-    hidden = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    with machine_faults(f"{folder}: removing an old checkpoint"):
-        folder.rename(hidden)
-        shutil.rmtree(hidden)

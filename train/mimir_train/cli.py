@@ -106,6 +106,9 @@ def run(
                                                             rich_help_panel=_RUN)] = None,
     checkpoints_total_limit: Annotated[int | None, typer.Option(help="Keep only the newest so many.", min=1,
                                                                 show_default=False, rich_help_panel=_RUN)] = None,
+    checkpoints_keep_every: Annotated[int | None, typer.Option(help="With the limit: steps that are multiples of it "
+                                                               "stay besides.", min=1, show_default=False,
+                                                               rich_help_panel=_RUN)] = None,
     validation_steps: Annotated[int | None, typer.Option(help="Steps between validation losses.", min=1,
                                                          show_default=False, rich_help_panel=_RUN)] = None,
     report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, both with a comma, or none.",
@@ -159,6 +162,7 @@ def run(
                 "run.stop_at_step": stop_at_step,
                 "run.checkpointing_steps": checkpointing_steps,
                 "run.checkpoints_total_limit": checkpoints_total_limit,
+                "run.checkpoints_keep_every": checkpoints_keep_every,
                 "run.validation_steps": validation_steps,
                 "run.report_to": parse_reporters(report_to),
                 "run.device": device,

@@ -205,6 +205,11 @@ class RunConfig:
     """Steps between checkpoints; there is one at the end besides."""
     checkpoints_total_limit: int | None = None
     """Older checkpoints than the newest so many are removed; None keeps all."""
+    checkpoints_keep_every: int | None = None
+    """With the limit: checkpoints whose step is a multiple of it stay besides."""
+    checkpoints_in_background: bool = True
+    """Write checkpoints while the steps go on, from a copy of the state in the host's memory; false: the steps wait,
+    and no copy is made."""
     validation_steps: int = 500
     """Steps between validation losses; of no effect without validation shards."""
     validation_clips: int = 64
@@ -231,8 +236,12 @@ class RunConfig:
         peak = self.peak_tflops
         _require(peak is None or peak > 0, "run.peak_tflops", "positive", peak)
         _require(self.validation_samples >= 0, "run.validation_samples", "at least 0", self.validation_samples)
-        limit = self.checkpoints_total_limit
-        _require(limit is None or limit >= 1, "--checkpoints-total-limit", "at least 1", limit)
+        for option in ("checkpoints_total_limit", "checkpoints_keep_every"):
+            limit = getattr(self, option)
+            _require(limit is None or limit >= 1, f"--{option.replace('_', '-')}", "at least 1", limit)
+        _require(self.checkpoints_keep_every is None or self.checkpoints_total_limit is not None,
+                 "--checkpoints-keep-every", "given with --checkpoints-total-limit (without it all are kept)",
+                 self.checkpoints_keep_every)  # fmt: skip
         _require(len(set(self.report_to)) == len(self.report_to), "--report-to", "each once", self.report_to)
 
     @property

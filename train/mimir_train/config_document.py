@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 
 import yaml
 
-from mimir_shared.errors import InputError
+from mimir_shared.errors import CacheError, InputError
 from mimir_shared.fingerprint import differences, fingerprint
 from mimir_shared.plain_documents import parse_yaml
 from mimir_shared.redaction import hide_address_secrets, holds_address_secret
@@ -42,6 +42,8 @@ FREE_ON_RESUME: Final = frozenset(
         "run.stop_at_step",
         "run.checkpointing_steps",
         "run.checkpoints_total_limit",
+        "run.checkpoints_keep_every",
+        "run.checkpoints_in_background",
         "run.validation_steps",
         "run.validation_clips",
         "run.validation_samples",
@@ -102,6 +104,14 @@ def overlay(below: Document, above: Document) -> Document:
 def train_config(document: Document) -> TrainConfig:
     """Check a document and make it a config. Raises InputError naming the setting."""
     return from_document(TrainConfig, document, "")
+
+
+def from_record(cls: type[T], document: object, where: str) -> T:
+    """As `from_document`, of what a file of ours says. Raises CacheError where it is none."""
+    try:
+        return from_document(cls, document, where)
+    except InputError as fault:
+        raise CacheError(f"{where}: not a {cls.__name__}: {fault}") from fault
 
 
 def from_document(cls: type[T], document: object, where: str) -> T:

@@ -10,7 +10,6 @@ import torch
 
 from mimir_shared.errors import InputError
 from mimir_shared.storage import machine_faults
-from mimir_train.checkpoint import FUSER, TRANSFORMER
 from mimir_train.fuser_folder import save_fuser
 from mimir_train.open_checkpoint import OpenCheckpoint, open_checkpoint
 from mimir_train.sampling_choices import ExportDType, SchedulerName
@@ -50,12 +49,12 @@ def export_checkpoint(request: ExportRequest, say: Callable[[str], None]) -> Ope
 
 
 def _write(request: ExportRequest, checkpoint: OpenCheckpoint, folder: Path) -> None:
-    dtype = None if request.dtype == "stored" else getattr(torch, request.dtype)
+    dtype = torch.float32 if request.dtype == "stored" else getattr(torch, request.dtype)
     dit = checkpoint.load_transformer(dtype)
     config = replace(dit.config, max_text_seq_length=_text_tokens(checkpoint))
-    save_transformer(config, dit.state_dict(), folder / TRANSFORMER)
+    save_transformer(config, dit.state_dict(), folder / "transformer")
     fuser = checkpoint.load_fuser(dtype)
-    save_fuser(fuser.config, fuser.state_dict(), folder / FUSER)
+    save_fuser(fuser.config, fuser.state_dict(), folder / "fuser")
     build_scheduler(request.scheduler, checkpoint.info.objective.snr_shift_scale).save_pretrained(folder / "scheduler")
     (folder / "README.md").write_text(_model_card(request, checkpoint, _count(dit), _count(fuser)), encoding="utf-8")
 

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mimir_shared.errors import CacheError, InputError
+from mimir_shared.errors import CacheError
 from mimir_shared.plain_documents import parse_json
-from mimir_train.config_document import from_document, to_document
+from mimir_train.config_document import from_record, to_document
 from mimir_train.model.config import FuserConfig
 from mimir_train.model.fuser import TokenFuser
 
@@ -20,23 +19,10 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
-def fuser_document(config: FuserConfig) -> dict[str, Any]:
-    """The config as plain JSON."""
-    return to_document(config)
-
-
-def fuser_config(document: Mapping[str, Any], where: str) -> FuserConfig:
-    """The config of `fuser_document`. Raises CacheError where it is none."""
-    try:
-        return from_document(FuserConfig, document, where)
-    except InputError as fault:
-        raise CacheError(f"{where}: not the config of a fuser: {fault}") from fault
-
-
 def save_fuser(config: FuserConfig, state_dict: Mapping[str, Tensor], folder: Path) -> None:
     """Write a fuser's folder; the weights in the dtype they come in."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps(fuser_document(config), indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(to_document(config), indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     save_file(tensors, folder / WEIGHTS_NAME, {"format": "pt"})
 
@@ -53,7 +39,7 @@ def load_fuser(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
         state_dict = load_file(folder / WEIGHTS_NAME, device=str(device))
     except (OSError, ValueError, SafetensorError) as fault:
         raise CacheError(f"{folder}: no readable fuser ({fault}); copy it again") from fault
-    fuser = TokenFuser(fuser_config(document, str(folder / CONFIG_NAME)))
+    fuser = TokenFuser(from_record(FuserConfig, document, str(folder / CONFIG_NAME)))
     try:
         fuser.load_state_dict(state_dict, strict=True, assign=True)
     except RuntimeError as fault:

@@ -24,18 +24,20 @@ from mimir_train.bad_samples import BadSampleLog
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
 from mimir_train.build_model import build_model
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
-from mimir_train.checkpoint import remove_old_checkpoints, save_checkpoint
+from mimir_train.checkpoint import MODEL, OPTIMIZER, RANDOM
+from mimir_train.checkpoint_parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart
+from mimir_train.checkpoint_saver import CheckpointSaver, Kept
 from mimir_train.config import TrainConfig
 from mimir_train.fit import FittedRun, describe_fit, fit
 from mimir_train.learning_rate import describe_rates, rate_factor
 from mimir_train.metrics import check_reporters, open_metrics
 from mimir_train.objective import NoiseSchedule
-from mimir_train.optimizer import build_optimizer, optimizer_tensors, set_rates
+from mimir_train.optimizer import build_optimizer, set_rates
 from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
-from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint, training_state
+from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint
 from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
-from mimir_train.sharding import Sharing, average_gradients, clip_gradients, whole_tensors
+from mimir_train.sharding import Sharing, average_gradients, clip_gradients
 from mimir_train.step_figures import StepMeter, fuser_figures
 from mimir_train.step_reader import ReadOptions
 from mimir_train.step_report import RankReport, exchange, refuse_non_finite
@@ -82,17 +84,18 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
         order = build_order(fitted, cache, parallel)
         say_what_is_trained(console, fitted, cache, order)
 
-        trainer = build_trainer(fitted, cache, order, parallel)
+        trainer = build_trainer(fitted, cache, order, parallel, goes_on=run.checkpoint is not None)
         say(trainer.sharing.describe(parallel.world_size))
-        first_step = load_checkpoint(run, trainer.model, trainer.optimizer, order, fitted)
+        first_step = load_checkpoint(run, checkpoint_parts(trainer), order, fitted)
         last_step = fitted.config.run.last_step
         if parallel.is_first:
             run.write_config(fitted.config)
 
-        checkpoint, steps_done, stopped = None, first_step, False
+        steps_done, stopped = first_step, False
         with (
             closing(open_bad_samples(trainer, run, first_step, say)) as bad_samples,
             open_metrics(run.path, fitted.config, console, first_step=first_step, is_first=parallel.is_first) as sinks,
+            open_saver(trainer, run) as saver,
         ):
             for batch, data_wait_s in timed(trainer.loader.batches(first_step, last_step)):
                 started = time.perf_counter() - data_wait_s
@@ -109,6 +112,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                         grad_norm=grad_norm,
                         stop_requested=stop.requested,
                         load=trainer.meter.load(batch, data_wait_s=data_wait_s, forward_s=forward_s),
+                        save_failed=saver.has_failed,
                     ),
                 )
                 num_bad = bad_samples.note(batch.step, report.attempts)
@@ -128,13 +132,16 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                     sink.add(figures)
 
                 stopped = report.stop_requested
+                if report.save_failed:
+                    saver.wait()  # raises, on all ranks at the same step
                 if stopped or is_due(steps_done, config.run.checkpointing_steps, last_step):
-                    checkpoint = save(trainer, run, steps_done)
+                    saver.start(steps_done)
                 if stopped:
                     break
+            checkpoint = saver.wait()
         return TrainOutcome(
-            steps_done=steps_done, checkpoint=checkpoint, steps_trained=steps_done - first_step,
-            stopped_by_signal=stopped, is_first=parallel.is_first,
+            steps_done=steps_done, checkpoint=checkpoint if parallel.is_first else None,
+            steps_trained=steps_done - first_step, stopped_by_signal=stopped, is_first=parallel.is_first,
         )  # fmt: skip
 
 
@@ -169,10 +176,13 @@ def build_order(fitted: FittedRun, cache: Cache, parallel: Parallel) -> Training
     )
 
 
-def build_trainer(fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel) -> Trainer:
-    """Model with its first weights, optimizer, objective, reader and validation set."""
+def build_trainer(
+    fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel, *, goes_on: bool
+) -> Trainer:
+    """Model (with its first weights, unless it goes on), optimizer, objective, reader and validation set."""
     config, layout = fitted.config, fitted.layout
-    built = build_model(fitted, parallel)
+    built = build_model(fitted, parallel, filled_later=goes_on)
+    torch.manual_seed(config.run.seed + parallel.rank)  # no step draws from it, but what others put into a model may
     model = built.model
     model.dit.use_attention(config.model.attention)
     assert config.model.latent_scaling_factor is not None, "fit leaves nothing open"
@@ -264,24 +274,25 @@ def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolde
         )  # fmt: skip
 
 
-def save(trainer: Trainer, run: RunFolder, steps_done: int) -> Path | None:
-    """Write a checkpoint from the first rank; the others wait, so that none leaves before it is there."""
-    written, model = None, trainer.model
-    if trainer.parallel.is_first or trainer.sharing.is_sharded:  # parts are gathered by all ranks
-        weights = whole_tensors(dict(model.named_parameters()))
-        moments = whole_tensors(optimizer_tensors(trainer.optimizer, model))
-    if trainer.parallel.is_first:
-        written = save_checkpoint(
-            run.path,
-            model,
-            weights,
-            moments,
-            training_state(trainer.fitted.config, trainer.order, steps_done),
-            lambda step, files: checkpoint_info(trainer.fitted, trainer.cache, trainer.order, step, files),
-        )
-        remove_old_checkpoints(run.path, trainer.fitted.config.run.checkpoints_total_limit)
-    trainer.parallel.wait_for_all()
-    return written
+def checkpoint_parts(trainer: Trainer) -> dict[str, CheckpointPart]:
+    """What of the run goes into its checkpoints; the rest follows from seed, step and settings."""
+    return {
+        MODEL: ModelPart(trainer.model),
+        OPTIMIZER: OptimizerPart(trainer.optimizer, trainer.model),
+        RANDOM: RandomPart(trainer.parallel.rank, trainer.parallel.device),
+    }
+
+
+def open_saver(trainer: Trainer, run: RunFolder) -> CheckpointSaver:
+    settings = trainer.fitted.config.run
+    return CheckpointSaver(
+        run.path,
+        checkpoint_parts(trainer),
+        partial(checkpoint_info, trainer.fitted, trainer.cache, trainer.order),
+        trainer.parallel,
+        kept=Kept(newest=settings.checkpoints_total_limit, every=settings.checkpoints_keep_every),
+        background=settings.checkpoints_in_background,
+    )
 
 
 def is_due(steps_done: int, every: int, last_step: int) -> bool:

@@ -4,20 +4,23 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import torch
 
-from mimir_shared.errors import InputError
+from mimir_shared.errors import CacheError, InputError
 from mimir_shared.features import FeatureName
-from mimir_train.checkpoint import FUSER, MANIFEST, TRANSFORMER, CheckpointInfo, find_checkpoint, read_checkpoint_info
-from mimir_train.fuser_folder import fuser_config, load_fuser
+from mimir_train.checkpoint import MANIFEST, MODEL, CheckpointInfo, find_checkpoint, read_checkpoint_info
+from mimir_train.checkpoint_parts import fill_tensors
+from mimir_train.checkpoint_storage import PieceReader
+from mimir_train.config_document import from_record
 from mimir_train.model.config import DiTConfig, FuserConfig
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
-from mimir_train.transformer_folder import load_transformer, read_transformer_config
 
-WEIGHTS: Final = (TRANSFORMER, FUSER)
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+WEIGHTS: Final = (MODEL,)
 """The parts that are read, and so checked: the optimizer's state may be gone."""
 
 JsonValue = Any
@@ -55,14 +58,29 @@ class OpenCheckpoint:
         """Whether the features of the empty prompt stood where text was dropped, and not zeros."""
         return self.info.text.empty_text == "cached"
 
-    def load_transformer(self, dtype: torch.dtype | None = None, device: str = "cpu") -> DiT:
-        """For inference; dtype None: as it is stored."""
-        dit = load_transformer(self.folder / TRANSFORMER, dtype=dtype, device=device)
-        return dit.eval().requires_grad_(False)
+    def load_transformer(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiT:
+        """For inference, whole, whatever the ranks that saved it."""
+        with torch.device("meta"):  # no time for an initialisation that is thrown away
+            dit = DiT(self.transformer)
+        return self._load(dit, "dit", dtype, device)
 
-    def load_fuser(self, dtype: torch.dtype | None = None, device: str = "cpu") -> TokenFuser:
-        """For inference; dtype None: as it is stored."""
-        return load_fuser(self.folder / FUSER, dtype=dtype, device=device).eval().requires_grad_(False)
+    def load_fuser(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TokenFuser:
+        """For inference."""
+        return self._load(TokenFuser(self.fuser), "fuser", dtype, device)
+
+    def _load(self, module: Module, name: str, dtype: torch.dtype, device: str) -> Module:
+        module = module.to(dtype=dtype).to_empty(device=device).eval().requires_grad_(False)
+        reader = PieceReader(self.folder, self.info.files_of(MODEL))
+        wanted = {f"{name}.{tensor}": value for tensor, value in module.state_dict().items()}
+        extra = sorted(
+            saved
+            for saved in reader.dims
+            if saved.startswith(f"{MODEL}.{name}.") and saved.partition(".")[2] not in wanted
+        )
+        if extra:
+            raise CacheError(f"{self.folder / MODEL}: has {extra[0]!r}, which the {name} that it records does not have")
+        fill_tensors(self.folder, reader, MODEL, wanted)
+        return module
 
 
 def open_checkpoint(path: Path, say: Callable[[str], None]) -> OpenCheckpoint:
@@ -81,6 +99,6 @@ def open_checkpoint(path: Path, say: Callable[[str], None]) -> OpenCheckpoint:
         folder=folder,
         digest=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
         info=info,
-        transformer=read_transformer_config(folder / TRANSFORMER),
-        fuser=fuser_config(info.fuser, str(folder / MANIFEST)),
+        transformer=from_record(DiTConfig, info.transformer, str(folder / MANIFEST)),
+        fuser=from_record(FuserConfig, info.fuser, str(folder / MANIFEST)),
     )

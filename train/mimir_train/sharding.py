@@ -9,7 +9,7 @@ precision: for matrices and their biases, these are the very bits that autocast 
 a block's norms are rounded too. All else is gathered in float32.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -166,25 +166,12 @@ def write_held_rows(parameter: Tensor, rows: Tensor) -> None:
     held.copy_(rows)
 
 
-def share_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """What a rank keeps of a whole tensor that goes with a parameter, such as a moment: cut as the parameter is."""
-    part = torch.empty_like(parameter)
-    start, stop = rows_held(parameter)
-    write_held_rows(part, whole[start:stop])
-    return part
-
-
 def whole_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of it where ranks hold parts; all ranks must call it together."""
     if not isinstance(tensor, DTensor):
         return tensor
     whole: Tensor = tensor.full_tensor()
     return whole
-
-
-def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As `whole_tensor`, one by one, into the memory of the host."""
-    return {name: whole_tensor(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
 
 @contextmanager

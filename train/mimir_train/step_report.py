@@ -45,6 +45,8 @@ class RankReport:
     grad_norm: float
     """Of the gradient averaged over ranks, before it was clipped."""
     stop_requested: bool
+    save_failed: bool
+    """Whether the checkpoint that was being written came to a fault."""
     load: RankLoad
 
 
@@ -77,25 +79,30 @@ class StepReport:
     def stop_requested(self) -> bool:
         return any(rank.stop_requested for rank in self.ranks)
 
+    @property
+    def save_failed(self) -> bool:
+        return any(rank.save_failed for rank in self.ranks)
+
 
 def exchange(parallel: Parallel, own: RankReport) -> StepReport:
     """Tell all ranks of this rank's step, and learn of theirs."""
     count = len(own.clip_losses)
-    rows = parallel.gather(
-        [*own.clip_losses, *own.attempts, own.grad_norm, float(own.stop_requested), *astuple(own.load)]
-    )
+    flags = (float(own.stop_requested), float(own.save_failed))
+    rows = parallel.gather([*own.clip_losses, *own.attempts, own.grad_norm, *flags, *astuple(own.load)])
     return StepReport(tuple(_parse(row, count) for row in rows))
 
 
 def _parse(row: Sequence[float], count: int) -> RankReport:
     """One rank's report from its numbers, in the order in which `exchange` gives them."""
-    clip_losses, attempts, (grad_norm, stop_requested, *load) = row[:count], row[count : 2 * count], row[2 * count :]
+    clip_losses, attempts, rest = row[:count], row[count : 2 * count], row[2 * count :]
+    grad_norm, stop_requested, save_failed, *load = rest
     tokens, model_flops, data_wait_s, forward_s, memory_bytes = load
     return RankReport(
         clip_losses=tuple(clip_losses),
         attempts=tuple(int(value) for value in attempts),
         grad_norm=grad_norm,
         stop_requested=stop_requested > 0,
+        save_failed=save_failed > 0,
         load=RankLoad(
             tokens=int(tokens),
             model_flops=model_flops,
