@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mimir_shared.command_line import echo, make_app, run_app
+from mimir_train.cli_plot import add_command
 from mimir_train.cli_sample import add_commands
 
 app = make_app(
@@ -219,6 +220,7 @@ def order(
 
 
 add_commands(app)  # sample, export, decode
+add_command(app)  # plot
 
 
 def main() -> None:

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 466, 14, 236
 
-Look = Literal["line", "faint", "dots"]
+NUM_COLOURS = 6
+"""Of lines, told apart by eyes that see no red, green or blue as well; further lines are dashed."""
+
+Look = Literal["line", "faint", "dots", "marked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +22,10 @@ class Series:
     label: str
     points: Sequence[tuple[float, float]]
     colour: int
-    """Which of the page's chart colours."""
+    """Which of the page's chart colours; from NUM_COLOURS on they begin again, dashed."""
     look: Look = "line"
-    """faint: the raw values behind a smoothed line; dots: values that are measured now and then."""
+    """faint: the raw values behind a smoothed line; dots: values that are measured now and then; marked: such values
+    joined by a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class Tick:
 class DrawnSeries:
     label: str
     colour: int
+    is_dashed: bool
     look: Look
     path: str
     """SVG path data of the line."""
@@ -97,33 +103,53 @@ class SpreadChart(Chart):
     spreads: tuple[DrawnSpread, ...]
 
 
-def line_chart(series: Sequence[Series], *, description: str, x_label: str) -> LineChart:
-    """Lay out lines over a common x; y begins at zero, so that heights can be compared."""
+def line_chart(
+    series: Sequence[Series],
+    *,
+    description: str,
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+) -> LineChart:
+    """Lay out lines over a common x.
+
+    Args:
+        series: at least one, each with at least one point.
+        y_range: what is to be seen; values outside are drawn at the edge. None: all, from zero, so that heights can
+            be compared.
+    """
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points]
     whole = all(float(x).is_integer() for x in xs)
     x_values = [x for x in nice_ticks(min(xs), max(xs)) if x.is_integer() or not whole]
-    y_values = nice_ticks(0.0, max(max(ys), 1e-9))
+    y_low, y_high = y_range or (min(0.0, *ys), max(0.0, *ys))
+    y_values = nice_ticks(y_low, max(y_high, y_low + 1e-9))
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
-    y_high = max(y_values[-1], max(ys))
+    y_low, y_high = min(y_values[0], y_low), max(y_values[-1], y_high)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - x_low) / (x_high - x_low) * (RIGHT - LEFT)
-        up = BOTTOM - y / y_high * (BOTTOM - TOP)
+        up = BOTTOM - (min(max(y, y_low), y_high) - y_low) / (y_high - y_low) * (BOTTOM - TOP)
         return round(across, 1), round(up, 1)
 
-    drawn = []
-    for one in series:
-        places = [place(x, y) for x, y in one.points]
-        path = "" if one.look == "dots" else "M" + " ".join(f"{x} {y}" for x, y in places)
-        dots = tuple(places) if one.look == "dots" else ()
-        drawn.append(DrawnSeries(label=one.label, colour=one.colour, look=one.look, path=path, dots=dots))
     return LineChart(
         description=description,
         x_label=x_label,
         x_ticks=tuple(Tick(position=place(x, 0)[0], label=_tick_name(x)) for x in x_values if x_low <= x <= x_high),
         y_ticks=tuple(Tick(position=place(x_low, y)[1], label=_tick_name(y)) for y in y_values),
-        series=tuple(drawn),
+        series=tuple(_draw(one, [place(x, y) for x, y in one.points]) for one in series),
+    )
+
+
+def _draw(series: Series, places: list[tuple[float, float]]) -> DrawnSeries:
+    # a line of one point would not be seen
+    has_dots = series.look in ("dots", "marked") or len(places) == 1
+    return DrawnSeries(
+        label=series.label,
+        colour=series.colour % NUM_COLOURS,
+        is_dashed=series.colour >= NUM_COLOURS,
+        look=series.look,
+        path="" if series.look == "dots" else "M" + " ".join(f"{x} {y}" for x, y in places),
+        dots=tuple(places) if has_dots else (),
     )
 
 
@@ -258,6 +284,23 @@ def _nice_step(span: float, most: int) -> float:
 
 def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     """The mean of each value and up to `window` - 1 before it: it tells nothing of what comes later."""
-    values = [y for _, y in points]
-    means = [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-    return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+    totals = [0.0, *accumulate(y for _, y in points)]
+    return [
+        (x, (totals[i + 1] - totals[max(0, i + 1 - window)]) / min(i + 1, window)) for i, (x, _) in enumerate(points)
+    ]
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """As many points as can be told apart: of each stretch the lowest and the highest, so that no spike is lost.
+
+    Args:
+        most: points to keep, at least 4; fewer than that are kept as they are.
+    """
+    if len(points) <= most:
+        return list(points)
+    stretch = -(-2 * len(points) // (most - 2))
+    kept = {0, len(points) - 1}
+    for start in range(0, len(points), stretch):
+        indices = range(start, min(start + stretch, len(points)))
+        kept |= {min(indices, key=lambda i: points[i][1]), max(indices, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]

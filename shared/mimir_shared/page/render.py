@@ -4,6 +4,7 @@ Templates escape every text that is put into them, for captions are whatever a u
 security policy forbids the browser to load anything that is not written into it.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def render_page(template: Path, values: Mapping[str, object]) -> str:
     )
     environment.filters |= {"size": format_size, "duration": format_duration, "number": format_number}
     return environment.get_template(template.name).render(values)
+
+
+def chart_colours() -> list[str]:
+    """The colours of lines in the light, as #rrggbb: for pictures that are to look like the page."""
+    style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
+    found: dict[str, str] = {}
+    for number, colour in re.findall(r"--c(\d): (#[0-9a-f]{6})", style):
+        found.setdefault(number, colour)
+    return [found[number] for number in sorted(found)]
 
 
 def format_duration(seconds: float) -> str:
