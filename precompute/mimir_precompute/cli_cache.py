@@ -141,10 +141,10 @@ def gc(
     from mimir_precompute.gc import collect_garbage
     from mimir_precompute.messages import describe_garbage
     from mimir_precompute.termination import working_on
+    from mimir_shared.open_storage import open_storage
     from mimir_shared.plan_file import read_plan
-    from mimir_shared.storage import open_folder
 
-    storage = open_folder(cache)
+    storage = open_storage(cache)
     read_plan(storage)  # a folder without a plan is no cache: nothing of it may be removed
     storage.check_writable()
     with working_on(storage):

@@ -32,7 +32,7 @@ from mimir_shared.manifest import CacheFormat
 from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
-from mimir_shared.storage import LocalStorage, open_folder
+from mimir_shared.storage_protocol import Storage
 
 if TYPE_CHECKING:
     pass
@@ -72,7 +72,7 @@ def run_plan(
     dry_run: bool = False,
 ) -> tuple[Plan | None, PlanReport]:
     """Read the list of clips and bring the plan of a cache up to it."""
-    storage = open_folder(cache)
+    storage = open_storage(cache)
     existing = read_plan(storage) if storage.list("plan") else None
     if existing is None:
         request.geometry()  # wrong options are told before a long list is read
@@ -97,7 +97,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     data_format = _parse_format(request.output_format)
     device = choose_device(request.models.device)
     team = choose_team(request.team, request.models, features, device, request.decode_workers)
-    storage = open_folder(request.cache)
+    storage = open_storage(request.cache)
     progress = Progress()
     _check_before_planning(request, storage, features, device)
     plan = _plan_for(request, storage, progress)
@@ -129,7 +129,7 @@ def _parse_format(text: str | None) -> CacheFormat | None:
 
 
 def _check_before_planning(
-    request: EncodeRequest, storage: LocalStorage, features: Sequence[FeatureName], device: str
+    request: EncodeRequest, storage: Storage, features: Sequence[FeatureName], device: str
 ) -> None:
     """Raise InputError for options that cannot be right, while nothing is listed or written yet."""
     read_numbers("--shards ", request.shards)
@@ -148,7 +148,7 @@ def _check_before_planning(
         refuse_missing_folder(source)
 
 
-def _plan_for(request: EncodeRequest, storage: LocalStorage, progress: Any) -> Plan:
+def _plan_for(request: EncodeRequest, storage: Storage, progress: Any) -> Plan:
     if request.clips is None:
         plan = read_plan(storage)
         asked = request.plan

@@ -20,7 +20,7 @@ from mimir_precompute.verify import VerifyReport, verify_cache
 from mimir_shared.features import FeatureName
 from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan
-from mimir_shared.storage import LocalStorage, open_folder
+from mimir_shared.storage_protocol import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ def run_verify(request: RemakeRequest, *, repair: bool) -> tuple[VerifyReport, R
 
 
 @contextmanager
-def _opened(request: RemakeRequest) -> Iterator[tuple[LocalStorage, JobMaker, Progress, RunLog]]:
+def _opened(request: RemakeRequest) -> Iterator[tuple[Storage, JobMaker, Progress, RunLog]]:
     from mimir_precompute.decode_sandbox import DecodeSandbox
 
     device = choose_device(request.models.device)
-    storage = open_folder(request.cache)
+    storage = open_storage(request.cache)
     with working_on(storage):
         storage.check_writable()
         decoder = DecodeSandbox(request.decode_limits)
@@ -70,7 +70,7 @@ def _opened(request: RemakeRequest) -> Iterator[tuple[LocalStorage, JobMaker, Pr
 
 def remake_job(
     request: RemakeRequest,
-    storage: LocalStorage,
+    storage: Storage,
     plan: Plan,
     features: tuple[FeatureName, ...],
     remaking: Remaking,

@@ -16,7 +16,7 @@ from mimir_shared.layout import empty_name, spec_name
 from mimir_shared.manifest import CacheFormat, CommitRecord, SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
-from mimir_shared.storage import LocalStorage, machine_faults
+from mimir_shared.storage import machine_faults
 from mimir_shared.storage_protocol import Storage
 
 
@@ -33,9 +33,7 @@ class ConvertOutcome:
     """Of the converted cache; None while shards are missing, or where it has a feature more than once."""
 
 
-def convert_cache(
-    source: Storage, target: LocalStorage, data_format: CacheFormat, progress: Progress
-) -> ConvertOutcome:
+def convert_cache(source: Storage, target: Storage, data_format: CacheFormat, progress: Progress) -> ConvertOutcome:
     """Bring `target` up to what `source` has committed, with every shard in one format.
 
     Raises: InputError where the source has no plan; CacheError where a sample of it is damaged, or where the target
@@ -76,7 +74,7 @@ def _copy_file(source: Storage, target: Storage, name: str) -> None:
 def _convert_feature(
     plan: Plan,
     source: FeatureFolder,
-    target_storage: LocalStorage,
+    target_storage: Storage,
     data_format: CacheFormat,
     outcome: ConvertOutcome,
     progress: Progress,
@@ -165,7 +163,7 @@ def _same_content(first: CommitRecord, second: CommitRecord) -> bool:
     return [content(sample) for sample in first.samples] == [content(sample) for sample in second.samples]
 
 
-def _snapshot_if_complete(storage: LocalStorage, plan: Plan) -> Snapshot | None:
+def _snapshot_if_complete(storage: Storage, plan: Plan) -> Snapshot | None:
     folders = find_features(storage)
     chosen = {folder.feature: folder for folder in folders}
     if not chosen or len(chosen) < len(folders) or incomplete_shards(plan, folders):

@@ -13,7 +13,6 @@ from mimir_shared.errors import InputError
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.open_storage import open_storage
 from mimir_shared.snapshot_reader import open_snapshot
-from mimir_shared.storage import LocalStorage, open_folder
 from mimir_shared.storage_protocol import Storage
 
 
@@ -34,9 +33,10 @@ def run_merge(cache: str, out: str, wanted: Sequence[str], progress: Progress) -
         return merge_features(reader, target, progress)
 
 
-def _open_target(source: Storage, out: str) -> LocalStorage:
-    target = open_folder(out)
-    if isinstance(source.root, Path) and target.root.resolve() == source.root.resolve():
+def _open_target(source: Storage, out: str) -> Storage:
+    target = open_storage(out)
+    roots = [root.resolve() if isinstance(root, Path) else root for root in (source.root, target.root)]
+    if roots[0] == roots[1]:
         raise InputError(f"--out {out}: is the cache itself; a shard is never changed in place: give another folder")
     target.check_writable()
     return target

@@ -3,10 +3,10 @@
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureSpec, find_features
 from mimir_shared.fingerprint import differences
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 
-def refuse_other_identity(storage: LocalStorage, spec: FeatureSpec) -> None:
+def refuse_other_identity(storage: Storage, spec: FeatureSpec) -> None:
     """Raise CacheError, field by field, where the cache holds this feature made in another way."""
     present = [folder for folder in find_features(storage) if folder.feature == spec.feature]
     if not present or any(spec.fingerprint.startswith(folder.fingerprint) for folder in present):

@@ -9,16 +9,18 @@ while the worker, after its record, looks for its data once more and publishes t
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Final, Literal
 
 from mimir_precompute.lease import all_leases, read_lease, take_over
 from mimir_shared.errors import CacheError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder, find_features
+from mimir_shared.found_file import FoundFile
 from mimir_shared.layout import lease_name, parse_record_name
 from mimir_shared.snapshot import Snapshot, list_snapshots
-from mimir_shared.storage import LocalStorage, machine_faults
+from mimir_shared.storage import machine_faults
+from mimir_shared.storage_protocol import Storage
 
 GRACE_S: Final = 3600.0
 GarbageKind = Literal["data", "record", "lease", "temporary", "snapshot"]
@@ -51,7 +53,7 @@ class GcReport:
         }
 
 
-def collect_garbage(storage: LocalStorage, *, grace_s: float = GRACE_S, dry_run: bool = False) -> GcReport:
+def collect_garbage(storage: Storage, *, grace_s: float = GRACE_S, dry_run: bool = False) -> GcReport:
     """Remove data that no commit record names, superseded records, stale leases and abandoned temporary files.
 
     A superseded generation of a shard goes when no snapshot names it, a newer one is intact, and that one is older
@@ -69,7 +71,7 @@ def collect_garbage(storage: LocalStorage, *, grace_s: float = GRACE_S, dry_run:
 class _Collector:
     """What one call of `gc` knows of a cache. It looks at leases first and at data last, as workers do in reverse."""
 
-    def __init__(self, storage: LocalStorage, grace_s: float) -> None:
+    def __init__(self, storage: Storage, grace_s: float) -> None:
         self._storage = storage
         self._grace_s = grace_s
         self._now_s = storage.now_s()
@@ -80,14 +82,17 @@ class _Collector:
         self._snapshots = list_snapshots(storage)
 
     def find(self) -> tuple[Garbage, ...]:
-        found = [self._garbage("lease", lease.name) for lease in self._leases if lease.is_stale(self._now_s)]
-        for name, life in self._storage.temporaries().items():
-            if life == "dead" or (life == "unknown" and self._is_old(name)):
-                found += [self._garbage("temporary", file) for file in _files(self._storage, name)]
+        stale = [lease for lease in self._leases if lease.is_stale(self._now_s)]
+        found = [Garbage(kind="lease", name=lease.name, bytes=len(lease.stored.owner)) for lease in stale]
+        lives = self._storage.temporaries()
+        for file in self._storage.files("tmp"):
+            life = lives.get("/".join(file.name.split("/")[:2]), "unknown")
+            if life == "dead" or (life == "unknown" and self._is_old(file)):
+                found.append(_garbage("temporary", file))
         found += self._unfinished_snapshots()
         for folder in find_features(self._storage):
             found += self._garbage_of(folder)
-        return tuple(garbage for garbage in found if garbage is not None)
+        return tuple(found)
 
     def remove(self, garbage: Garbage) -> bool:
         """Remove one file; False where it turned out to be needed, or is gone."""
@@ -96,7 +101,7 @@ class _Collector:
                 seen = read_lease(self._lease_store, garbage.name)
                 done = seen is not None and seen.is_stale(self._now_s) and take_over(self._lease_store, seen)
             case "temporary":
-                self._storage.remove_temporary(self._storage.path(garbage.name))
+                self._storage.remove(garbage.name)
                 done = True
             case "data" | "record" | "snapshot":
                 done = self._remove_unless_named(garbage)
@@ -114,7 +119,7 @@ class _Collector:
         named = self._is_named(garbage)
         if named:
             self._storage.put_back(aside, garbage.name)
-        self._storage.remove_temporary(aside)
+        self._storage.remove(aside)
         self._remove_empty_folders(garbage.name)
         return not named
 
@@ -133,7 +138,7 @@ class _Collector:
         records = _Records(self._storage, folder, [shard] if shard is not None else [])
         return shard in records.damaged or garbage.name in records.files() | _pinned_files(self._snapshots)
 
-    def _garbage_of(self, folder: FeatureFolder) -> Iterator[Garbage | None]:
+    def _garbage_of(self, folder: FeatureFolder) -> Iterator[Garbage]:
         records = _Records(self._storage, folder)
         pinned = _pinned_records(self._snapshots, folder)
         superseded = {
@@ -141,70 +146,59 @@ class _Collector:
             for shard, generation in records.superseded()
             if (shard, generation) not in pinned and self._may_touch(folder, shard)
             # a snapshot that was begun before may still come to name the older one
-            if self._is_old(folder.record_path(shard, records.newest[shard]))
+            if self._is_old(records.found[shard, records.newest[shard]])
         }
-        for shard, generation in sorted(superseded):
-            yield self._garbage("record", folder.record_path(shard, generation))
+        for place in sorted(superseded):
+            yield _garbage("record", records.found[place])
         named = records.files(leave_out=superseded) | _pinned_files(self._snapshots)
-        for name in _files(self._storage, f"{folder.directory}/data"):
-            owner = _shard_of(name.removeprefix(f"{folder.directory}/data/"))
-            if owner is None or owner in records.damaged or name in named or not self._may_touch(folder, owner):
+        for file in self._storage.files(f"{folder.directory}/data"):
+            owner = _shard_of(file.name.removeprefix(f"{folder.directory}/data/"))
+            if owner is None or owner in records.damaged or file.name in named or not self._may_touch(folder, owner):
                 continue
-            if self._is_old(name) and not self._has_second_name(name):
-                yield self._garbage("data", name)
+            if self._is_old(file) and not self._storage.has_second_name(file.name):
+                yield _garbage("data", file)
 
-    def _unfinished_snapshots(self) -> Iterator[Garbage | None]:
-        for name in self._storage.list("snapshots"):
-            index = f"snapshots/{name}/index.arrow"
-            if not self._storage.exists(f"snapshots/{name}/snapshot.json") and self._is_old(index):
-                yield self._garbage("snapshot", index)
+    def _unfinished_snapshots(self) -> Iterator[Garbage]:
+        files = list(self._storage.files("snapshots"))
+        finished = {file.name for file in files if file.name.endswith("/snapshot.json")}
+        for file in files:
+            directory, _, name = file.name.rpartition("/")
+            if name == "index.arrow" and f"{directory}/snapshot.json" not in finished and self._is_old(file):
+                yield _garbage("snapshot", file)
 
     def _may_touch(self, folder: FeatureFolder, shard: int) -> bool:
         return lease_name(folder.feature, folder.fingerprint, shard) not in self._leased
 
-    def _is_old(self, name: str) -> bool:
-        try:
-            return self._now_s - self._storage.path(name).stat().st_mtime > self._grace_s
-        except FileNotFoundError:
-            return False
-
-    def _has_second_name(self, name: str) -> bool:
-        """Whether the worker that published the data still has its temporary file: it has not come to the record."""
-        try:
-            return self._storage.path(name).stat().st_nlink > 1
-        except FileNotFoundError:
-            return True
-
-    def _garbage(self, kind: GarbageKind, name: str) -> Garbage | None:
-        try:
-            return Garbage(kind=kind, name=name, bytes=self._storage.path(name).stat().st_size)
-        except FileNotFoundError:
-            return None
+    def _is_old(self, file: FoundFile) -> bool:
+        return self._now_s - file.modified_s > self._grace_s
 
     def _remove_empty_folders(self, name: str) -> None:
-        folder = self._storage.path(name).parent
-        while folder.name != "data" and folder.parent != self._storage.root:
-            try:
-                self._storage.disk.remove_directory(folder)
-            except OSError:
-                return
+        folder = PurePosixPath(name).parent
+        while folder.name != "data" and len(folder.parts) > 1:
+            self._storage.remove_empty_folder(folder.as_posix())
             folder = folder.parent
+
+
+def _garbage(kind: GarbageKind, file: FoundFile) -> Garbage:
+    return Garbage(kind=kind, name=file.name, bytes=file.nbytes)
 
 
 class _Records:
     """The commit records of a feature, or of some of its shards, and the files that each names."""
 
-    def __init__(self, storage: LocalStorage, folder: FeatureFolder, shards: Iterable[int] | None = None) -> None:
+    def __init__(self, storage: Storage, folder: FeatureFolder, shards: Iterable[int] | None = None) -> None:
         self._storage = storage
         self._folder = folder
+        self.found: dict[tuple[int, int], FoundFile] = {}
         self._files: dict[tuple[int, int], frozenset[str]] = {}
         self.damaged: set[int] = set()
         """Shards of which a record cannot be read: what they name is unknown, so nothing of them is removed."""
         self.newest: dict[int, int] = {}
         wanted = None if shards is None else set(shards)
-        for name in storage.list(f"{folder.directory}/manifests"):
-            place = parse_record_name(name)
+        for file in storage.files(f"{folder.directory}/manifests"):
+            place = parse_record_name(file.name.rpartition("/")[2])
             if place is not None and (wanted is None or place[0] in wanted):
+                self.found[place] = file
                 self._read(*place)
 
     def _read(self, shard: int, generation: int) -> None:
@@ -229,15 +223,6 @@ class _Records:
             whole = shard not in self.damaged and all(map(self._storage.exists, self._files.get((shard, newest), ())))
             if generation < newest and whole:
                 yield shard, generation
-
-
-def _files(storage: LocalStorage, name: str) -> Iterator[str]:
-    """A file, or every file below a folder."""
-    path = storage.path(name)
-    found: Iterable[Path] = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in found:
-        if file.is_file():
-            yield file.relative_to(storage.root).as_posix()
 
 
 def _shard_of(path: str) -> int | None:

@@ -20,7 +20,8 @@ from mimir_shared.formats.webdataset import ENDING, SampleTar, document_bytes
 from mimir_shared.layout import sample_stem
 from mimir_shared.safetensors_bytes import tensors_to_safetensors
 from mimir_shared.snapshot_reader import SnapshotReader
-from mimir_shared.storage import LocalStorage, machine_faults
+from mimir_shared.storage import machine_faults
+from mimir_shared.storage_protocol import Storage
 
 MERGED_NAME: Final = "merged.json"
 
@@ -36,7 +37,7 @@ class MergeOutcome:
     """Written by this call."""
 
 
-def merge_features(cache: SnapshotReader, target: LocalStorage, progress: Progress) -> MergeOutcome:
+def merge_features(cache: SnapshotReader, target: Storage, progress: Progress) -> MergeOutcome:
     """Write one tar for every shard of a snapshot; those that are there already are left as they are.
 
     Raises: InputError where the target holds the merge of another snapshot; CacheError where a sample is damaged;
@@ -60,7 +61,7 @@ def merge_features(cache: SnapshotReader, target: LocalStorage, progress: Progre
     return outcome
 
 
-def _claim(cache: SnapshotReader, target: LocalStorage) -> None:
+def _claim(cache: SnapshotReader, target: Storage) -> None:
     """Say in the target what is merged there, or find that the same is."""
     features = {name: feature.fingerprint for name, feature in cache.snapshot.features.items()}
     document = {"snapshot": cache.snapshot.digest, "clips": len(cache), "features": features}
@@ -72,7 +73,7 @@ def _claim(cache: SnapshotReader, target: LocalStorage) -> None:
         )
 
 
-def _merge_shard(cache: SnapshotReader, target: LocalStorage, shard: int, numbers: list[int]) -> int:
+def _merge_shard(cache: SnapshotReader, target: Storage, shard: int, numbers: list[int]) -> int:
     """Write the tar of one shard; how many bytes it has."""
     with machine_faults(f"{target.root}: writing shard {shard}"), target.temporary() as temporary:
         tar = SampleTar(temporary)

@@ -45,7 +45,8 @@ from mimir_shared.layout import spec_name
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan
 from mimir_shared.snapshot import Snapshot
-from mimir_shared.storage import LocalStorage, machine_faults
+from mimir_shared.storage import machine_faults
+from mimir_shared.storage_protocol import Storage
 
 _CLIPS_TO_WRITE = 16
 """Encoded clips of a shard that may wait to be written, some 75 MB: seconds of work for the accelerator while the shard
@@ -72,7 +73,7 @@ class EncoderSource(Protocol):
 class EncodeJob:
     """What one call of `encode` is to do."""
 
-    storage: LocalStorage
+    storage: Storage
     plan: Plan
     encoders: EncoderSource
     shards: tuple[int, ...]

@@ -21,7 +21,8 @@ from typing import Any
 from mimir_precompute.encoders.base import ReportingEncoder
 from mimir_precompute.shard_writer import FinishedShard
 from mimir_shared.fingerprint import differences
-from mimir_shared.storage import LocalStorage, machine_faults
+from mimir_shared.storage import machine_faults
+from mimir_shared.storage_protocol import Storage
 
 _LIBRARIES = ("mimir-t2v", "torch", "transformers", "diffusers", "tokenizers", "av", "numpy")
 
@@ -48,9 +49,10 @@ class ShardEntry:
 class RunLog:
     """One JSON-lines file per call of `encode`, opened at its first line: a call without work leaves none."""
 
-    def __init__(self, storage: LocalStorage, device: str) -> None:
+    def __init__(self, storage: Storage, device: str) -> None:
         started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        self._path = storage.path(f"logs/encode-{started}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl")
+        self._storage = storage
+        self._name = f"logs/encode-{started}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
         self._device = device
 
     def feature_started(self, feature: str, fingerprint: str) -> str | None:
@@ -86,9 +88,10 @@ class RunLog:
         )
 
     def _made_with_last(self, feature: str, fingerprint: str) -> dict[str, Any] | None:
-        paths = [path for path in self._path.parent.glob("encode-*.jsonl") if path != self._path]
-        for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)[:_LOGS_LOOKED_AT]:
-            for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        logs = [file for file in self._storage.files("logs") if re.fullmatch(r"logs/encode-.*\.jsonl", file.name)]
+        others = [file for file in logs if file.name != self._name]
+        for file in sorted(others, key=lambda file: file.modified_s, reverse=True)[:_LOGS_LOOKED_AT]:
+            for line in reversed(self._storage.read(file.name).decode(errors="replace").splitlines()):
                 with suppress(ValueError):  # the last line of a worker that was killed may be cut
                     event = json.loads(line)
                     wanted = {"event": "feature", "feature": feature, "fingerprint": fingerprint}
@@ -125,10 +128,8 @@ class RunLog:
 
     def _write(self, event: dict[str, Any]) -> None:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **event})
-        with machine_faults(f"{self._path}: writing"):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        with machine_faults(f"{self._storage.root}/{self._name}: writing"):
+            self._storage.append(self._name, f"{line}\n".encode())
 
 
 def _comparable(made_with: Mapping[str, Any]) -> dict[str, Any]:

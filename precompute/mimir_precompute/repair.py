@@ -33,7 +33,8 @@ from mimir_shared.layout import empty_name, spec_name
 from mimir_shared.manifest import CommitRecord
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, read_index, read_snapshot, rebuild_index
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage import machine_faults
+from mimir_shared.storage_protocol import Storage
 
 Folder = tuple[FeatureName, str]
 """A feature's folder: name and first 12 digits of the fingerprint."""
@@ -66,7 +67,7 @@ class RepairOutcome:
 
 
 def repair_cache(
-    storage: LocalStorage, report: VerifyReport, make_job: JobMaker, progress: Progress, log: RunLog
+    storage: Storage, report: VerifyReport, make_job: JobMaker, progress: Progress, log: RunLog
 ) -> RepairOutcome:
     """Mend what `verify` found, and verify what was mended.
 
@@ -166,7 +167,7 @@ def _place(problem: Problem) -> Folder | None:
     return next(((name, problem.fingerprint) for name in FEATURES if name == problem.feature), None)
 
 
-def _features(storage: LocalStorage, places: Collection[Folder]) -> tuple[FeatureName, ...]:
+def _features(storage: Storage, places: Collection[Folder]) -> tuple[FeatureName, ...]:
     """The features of some folders, and `llm` where it is made from one of them: it may have to follow."""
     wanted = {feature for feature, _ in places}
     folders = find_features(storage)
@@ -177,7 +178,7 @@ def _features(storage: LocalStorage, places: Collection[Folder]) -> tuple[Featur
     return tuple(feature for feature in FEATURES if feature in wanted)
 
 
-def mend_specs(storage: LocalStorage, plan: Plan, report: VerifyReport, make_job: JobMaker) -> set[Folder]:
+def mend_specs(storage: Storage, plan: Plan, report: VerifyReport, make_job: JobMaker) -> set[Folder]:
     """Write damaged spec.json files again where the models at hand are those that their folder is named for.
 
     What could not be checked without them is checked now, and added to the report.
@@ -203,7 +204,7 @@ def mend_specs(storage: LocalStorage, plan: Plan, report: VerifyReport, make_job
     return mended
 
 
-def mend_snapshots(storage: LocalStorage, plan: Plan) -> tuple[str, ...]:
+def mend_snapshots(storage: Storage, plan: Plan) -> tuple[str, ...]:
     """Make damaged indexes again from the records that they were made from, and take away what cannot be read.
 
     Returns: folders of the snapshots that were taken away. The same snapshot is written again if the newest records
@@ -234,7 +235,7 @@ def mend_snapshots(storage: LocalStorage, plan: Plan) -> tuple[str, ...]:
     return tuple(lost)
 
 
-def clear_extra_files(storage: LocalStorage, plan: Plan, report: VerifyReport) -> dict[Folder, set[int]]:
+def clear_extra_files(storage: Storage, plan: Plan, report: VerifyReport) -> dict[Folder, set[int]]:
     """Take away what lies in the folder of a shard and does not belong to it. Returns: folder → those shards."""
     found = damaged_shards((problem for problem in report.problems if problem.kind == "extra"), plan)
     for (feature, name), shards in found.items():
@@ -247,13 +248,13 @@ def clear_extra_files(storage: LocalStorage, plan: Plan, report: VerifyReport) -
     return found
 
 
-def _take_away(storage: LocalStorage, name: str) -> None:
-    if storage.exists(name):
-        storage.remove_temporary(storage.set_aside(name))
+def _take_away(storage: Storage, name: str) -> None:
+    with machine_faults(f"{storage.root}/{name}: removing what is damaged"):
+        storage.remove_tree(name)
 
 
 def _verify_again(
-    storage: LocalStorage,
+    storage: Storage,
     plan: Plan,
     report: VerifyReport,
     touched: Sequence[Mapping[Folder, Collection[int]]],

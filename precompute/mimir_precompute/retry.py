@@ -22,7 +22,7 @@ from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, list_snapshots
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ JobMaker = Callable[[Plan, tuple[FeatureName, ...], Remaking], EncodeJob]
 
 
 def retry_clips(
-    storage: LocalStorage,
+    storage: Storage,
     choice: RetryChoice,
     make_job: JobMaker,
     progress: Progress,
@@ -141,7 +141,7 @@ def retry_clips(
     return RetryOutcome(tried=len(tried), failed_again=tuple(failed), snapshot=encoded.snapshot)
 
 
-def features_to_retry(storage: LocalStorage, plan: Plan, choice: RetryChoice) -> tuple[FeatureName, ...]:
+def features_to_retry(storage: Storage, plan: Plan, choice: RetryChoice) -> tuple[FeatureName, ...]:
     """Features of the cache with something to do, so that no other model need be named or found.
 
     `llm` is among them with `answers`, for it may follow.

@@ -13,7 +13,6 @@ from mimir_precompute.workers import SeenWorker, read_workers
 from mimir_shared.feature_folder import find_features
 from mimir_shared.plan_file import Plan, PlanFile, read_plan
 from mimir_shared.snapshot import list_snapshots
-from mimir_shared.storage import LocalStorage
 from mimir_shared.storage_protocol import Storage
 
 
@@ -75,8 +74,7 @@ def read_status(storage: Storage) -> CacheStatus:
     """Raises InputError where there is no plan, CacheError where a record is damaged."""
     plan = read_plan(storage)
     status = CacheStatus(clips=count_clips(plan), shards=plan.num_shards)
-    if isinstance(storage, LocalStorage):  # a cache in a bucket was copied there: nobody encodes into it
-        status.workers = read_workers(storage)
+    status.workers = read_workers(storage)
     planned = sum(count_planned(file) for file in plan.files)
     for folder in find_features(storage):
         spec = folder.read_spec()

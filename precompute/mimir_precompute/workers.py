@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mimir_shared.errors import MimirError
 from mimir_shared.process_identity import life_of, process_domain
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 
 DIRECTORY: Final = "logs/workers"
 BEAT_S: Final = 10.0
@@ -70,54 +70,47 @@ class SeenWorker:
 class WorkerFile:
     """This process's own file. A disk that refuses it is not complained about: the shard being written will be."""
 
-    def __init__(self, storage: LocalStorage) -> None:
+    def __init__(self, storage: Storage) -> None:
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.json"
         self.name = f"{DIRECTORY}/{name}"
         self._storage = storage
-        self._path = storage.path(self.name)
         self._removed = False
 
     def write(self, report: WorkerReport) -> None:
         """Say how far this worker is."""
-        whole = self._path.with_suffix(".new")
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            whole.write_text(report.model_dump_json() + "\n")
+        with contextlib.suppress(OSError, MimirError):
             if not self._removed:
-                # not synced: after a power cut nobody works
-                os.replace(whole, self._path)
+                self._storage.overwrite(self.name, report.model_dump_json().encode() + b"\n")
+            if self._removed:  # meanwhile
+                self._storage.remove(self.name)
 
     def remove(self) -> None:
         """Say that this worker has left."""
         self._removed = True
-        for path in (self._path, self._path.with_suffix(".new")):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        with contextlib.suppress(OSError):
-            self._path.parent.rmdir()
+        with contextlib.suppress(OSError, MimirError):
+            self._storage.remove(self.name)
+        self._storage.remove_empty_folder(DIRECTORY)
 
 
-def read_workers(storage: LocalStorage) -> list[SeenWorker]:
+def read_workers(storage: Storage) -> list[SeenWorker]:
     """Every worker that wrote within a day, by host and process; files that cannot be read are left out."""
     return [worker for worker in _read_all(storage) if worker.silent_s < FORGOTTEN_S]
 
 
-def forget_dead_workers(storage: LocalStorage) -> None:
+def forget_dead_workers(storage: Storage) -> None:
     """Remove the files of workers that are dead for certain, or were not heard of for a day."""
     for worker in _read_all(storage):
         if worker.state == "dead" or worker.silent_s >= FORGOTTEN_S:
-            path = storage.path(worker.name)
-            for leftover in (path, path.with_suffix(".new")):
-                with contextlib.suppress(OSError):
-                    leftover.unlink()
+            with contextlib.suppress(OSError, MimirError):
+                storage.remove(worker.name)
 
 
-def _read_all(storage: LocalStorage) -> list[SeenWorker]:
+def _read_all(storage: Storage) -> list[SeenWorker]:
     found: list[tuple[str, WorkerReport, float]] = []
-    for name in (f"{DIRECTORY}/{name}" for name in storage.list(DIRECTORY) if name.endswith(".json")):
+    for file in storage.files(DIRECTORY):
         with contextlib.suppress(OSError, ValueError, MimirError):  # it has just been removed, or is no report
-            changed_s = storage.path(name).stat().st_mtime
-            found.append((name, WorkerReport.model_validate_json(storage.read(name)), changed_s))
+            report = WorkerReport.model_validate_json(storage.read(file.name))
+            found.append((file.name, report, file.modified_s))
     if not found:
         return []
     now_s = _now_s(storage, newest_s=max(changed_s for _, _, changed_s in found))
@@ -131,7 +124,7 @@ def _read_all(storage: LocalStorage) -> list[SeenWorker]:
     return sorted(workers, key=lambda worker: (worker.report.host, worker.report.pid))
 
 
-def _now_s(storage: LocalStorage, *, newest_s: float) -> float:
+def _now_s(storage: Storage, *, newest_s: float) -> float:
     """Now by the storage's clock. It is asked, by writing to it, only where this machine's clock makes all look old."""
     own_s = time.time()
     if not 0 <= own_s - newest_s <= STALE_S:

@@ -5,14 +5,12 @@ and so that an answer that was lost can be told from a lost race by reading back
 """
 
 import uuid
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable
+from typing import Final
 
+from mimir_shared.bucket_objects import BucketObjects, Version
 from mimir_shared.errors import MachineError
 from mimir_shared.lease_store import StoredLease
-
-if TYPE_CHECKING:
-    from mimir_shared.object_storage import ObjectStorage
 
 POLL_S: Final = 10.0
 """A look is several requests, which cost money, and services slow down who asks too often."""
@@ -23,38 +21,40 @@ class BucketLeaseStore:
 
     poll_s = POLL_S
 
-    def __init__(self, storage: "ObjectStorage", impatient: "ObjectStorage") -> None:
-        """Leases of `storage`.
+    def __init__(self, objects: BucketObjects, impatient: BucketObjects, now_s: Callable[[], float]) -> None:
+        """Leases among some objects.
 
         Args:
             impatient: the same place with shorter limits: a heartbeat that fails is followed by another one, and a
                 process that is told to end does not wait for the bucket.
+            now_s: by the service's clock.
         """
-        self._storage = storage
+        self._objects = objects
         self.impatient = impatient
+        self._now_s = now_s
 
     @property
     def root(self) -> str:
-        return self._storage.root
+        return self._objects.root
 
     def now_s(self) -> float:
-        return self._storage.now_s()
+        return self._now_s()
 
     def list(self, directory: str) -> list[str]:
-        return self._storage.list(directory)
+        return self._objects.names(directory)
 
     def create(self, name: str, owner: bytes) -> "BucketLease | None":
         """See LeaseStore."""
-        return BucketLease(self, name, owner) if self._storage.create(name, _content(owner)) else None
+        return BucketLease(self, name, owner) if self._objects.create(name, _content(owner)) else None
 
     def read(self, name: str) -> StoredLease | None:
-        return read_lease_object(self._storage, name)
+        return read_lease_object(self._objects, name)
 
     def remove(self, seen: StoredLease) -> bool:
         # ours first, by a write that only one of several can do; then nobody else has reason to touch it
-        if not self._storage.replace(seen.name, _content(b""), seen.version):
+        if not self._objects.replace(seen.name, _content(b""), seen.version):
             return False
-        self._storage.remove(seen.name)
+        self._objects.delete(seen.name)
         return True
 
     def tidy(self, directories: Iterable[str]) -> None:
@@ -68,7 +68,7 @@ class BucketLease:
         self._store = store
         self._name = name
         self._owner = owner
-        self._version: tuple[str, str] | None = None
+        self._version: Version | None = None
         """That it has now; None where that is not known."""
 
     def touch(self) -> None:
@@ -83,18 +83,18 @@ class BucketLease:
     def drop(self) -> None:
         """See HeldLease."""
         if self._find_version() is not None:
-            self._store.impatient.remove(self._name)
+            self._store.impatient.delete(self._name)
 
-    def _find_version(self) -> tuple[str, str] | None:
+    def _find_version(self) -> Version | None:
         """None where it is not ours any more."""
         found = read_lease_object(self._store.impatient, self._name)
         return found.version if found is not None and found.owner == self._owner else None
 
 
-def read_lease_object(storage: "ObjectStorage", name: str) -> StoredLease | None:
+def read_lease_object(objects: BucketObjects, name: str) -> StoredLease | None:
     """None where there is no such lease, or the bucket does not say."""
     try:
-        found = storage.read_versioned(name)
+        found = objects.get(name)
     except (FileNotFoundError, MachineError):
         return None
     owner = found.data.partition(b"\n")[0]

@@ -63,13 +63,13 @@ class LocalLeaseStore:
             aside = self._storage.set_aside(seen.name)
         except FileNotFoundError:
             return False
-        found = _read(aside, seen.name)
+        found = _read(self._storage.path(aside), seen.name)
         same = found is None or found == seen
         if not same:
             # another worker was faster, or its owner lives after all: what was moved goes back
             with contextlib.suppress(OSError):
-                self._storage.disk.link(aside, self._storage.path(seen.name))
-        self._storage.remove_temporary(aside)
+                self._storage.disk.link(self._storage.path(aside), self._storage.path(seen.name))
+        self._storage.remove(aside)
         return same
 
     def drop(self, name: str, owner: bytes) -> None:

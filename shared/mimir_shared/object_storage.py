@@ -13,42 +13,25 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-
-from mimir_shared.bucket_client import open_store, parse_location, runtime_owner
 from mimir_shared.bucket_leases import BucketLeaseStore
-from mimir_shared.bucket_requests import IncompleteAnswerError, Requester, RequestLimits, describe_fault
+from mimir_shared.bucket_objects import BucketObjects
+from mimir_shared.bucket_requests import RequestLimits
 from mimir_shared.errors import InputError, MachineError
+from mimir_shared.failpoints import publishing_failpoint
+from mimir_shared.found_file import FoundFile
 from mimir_shared.local_read_cache import LocalReadCache
+from mimir_shared.process_identity import Life, owner_life, owner_stem
 from mimir_shared.storage import LocalStorage, TemporaryFile
 
-if TYPE_CHECKING:
-    from obstore import UpdateVersion  # known to type checkers alone
-
-_UPLOADS: Final = 8
-"""Parts of one object that are written at a time."""
-_SMALLEST_PART: Final = 5 << 20
-"""That S3 takes, but for the last."""
 _READ_AHEAD: Final = 256
 """Objects of read_many that may be in memory at a time."""
 _CLOCK_ASKED_EVERY_S: Final = 60.0
 _LEASE_ACTION_S: Final = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class VersionedObject:
-    """A small object, and what a write must name to replace just this state of it."""
-
-    data: bytes
-    modified_s: float
-    """By the service's clock, in whole seconds on S3."""
-    version: tuple[str, str]
-    """Entity tag and version, empty where the service gives none."""
+_TEMPORARY: Final = "tmp"
 
 
 class ObjectStorage:
@@ -63,11 +46,10 @@ class ObjectStorage:
             local_cache: keeps what is read of data files, and the indexes of snapshots.
         """
         self._local_cache = local_cache
-        self._scheme, self._bucket, self._prefix = parse_location(location)
         self._limits = limits or RequestLimits()
-        self._requester = Requester(self._limits)
+        self._objects = BucketObjects(location, self._limits)
         self._lock = threading.Lock()
-        self._stores: dict[bool, Any] = {}
+        self._appended: dict[str, bytes] = {}
         self._parts: ThreadPoolExecutor | None = None
         self._clock: tuple[float, float] | None = None
         """(the service's time, our monotonic time) of one moment."""
@@ -75,37 +57,37 @@ class ObjectStorage:
 
     @property
     def root(self) -> str:
-        return f"{self._scheme}://{self._bucket}" + (f"/{self._prefix}" if self._prefix else "")
+        return self._objects.root
 
     def where(self, name: str) -> str:
-        return f"{self.root}/{name}"
+        return self._objects.where(name)
 
     def now_s(self) -> float:
         """Now, by the service's clock, which stamps the objects; to a second or two. It is asked once a minute."""
         asked = self._clock
         if asked is None or time.monotonic() - asked[1] > _CLOCK_ASKED_EVERY_S:
-            probe = f"tmp/clock-{uuid.uuid4().hex}"
-            self.create(probe, b"")
-            asked = self._clock = (self.read_versioned(probe).modified_s, time.monotonic())
+            probe = self._temporary_name()
+            self._objects.put(probe, b"")
+            asked = self._clock = (self._objects.get(probe).modified_s, time.monotonic())
             self.remove(probe)
         return asked[0] + time.monotonic() - asked[1]
 
     def lease_store(self) -> BucketLeaseStore:
         limits = replace(self._limits, action_s=min(_LEASE_ACTION_S, self._limits.action_s))
         limits = replace(limits, request_s=min(limits.request_s, limits.action_s))
-        return BucketLeaseStore(self, ObjectStorage(self.root, limits=limits))
+        return BucketLeaseStore(self._objects, BucketObjects(self.root, limits), self.now_s)
 
     def exists(self, name: str) -> bool:
         # not HEAD: its answer has no body, and would not tell a missing object from a missing bucket
         try:
-            self._get_range("looking for it", name, 0, 1)
+            self._objects.get_range("looking for it", name, 0, 1)
         except FileNotFoundError:
             return False
         return True
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError where there is none."""
-        return self._get_range("reading its size", name, 0, 1)[1]
+        return self._objects.get_range("reading its size", name, 0, 1)[1]
 
     def read(self, name: str) -> bytes:
         """The whole object, large ones in parts. Raises FileNotFoundError where there is none."""
@@ -113,7 +95,7 @@ class ObjectStorage:
             data = bytearray(self.size(name))
             filled = self.read_into(name, 0, [memoryview(data)])
             return bytes(data[:filled])
-        first, size = self._get_range("reading", name, 0, self._limits.part_bytes)
+        first, size = self._objects.get_range("reading", name, 0, self._limits.part_bytes)
         if len(first) == size:
             return bytes(first)
         data = bytearray(size)
@@ -169,33 +151,30 @@ class ObjectStorage:
         part = self._limits.part_bytes
         if not wanted:
             return 0
-        first, size = self._get_range("reading", name, offset, min(part, wanted))
+        first, size = self._objects.get_range("reading", name, offset, min(part, wanted))
         done = _scatter(first, buffers, 0)
         rest = range(part, min(wanted, size - offset), part)
 
         def read_part(start: int) -> int:
-            data, _ = self._get_range("reading", name, offset + start, min(part, wanted - start))
+            data, _ = self._objects.get_range("reading", name, offset + start, min(part, wanted - start))
             return _scatter(data, buffers, start)
 
         return done + (sum(self._pool().map(read_part, rest)) if rest else 0)
 
     def list(self, directory: str) -> list[str]:
         """File and folder names directly below `directory`, sorted; empty where it does not exist. Never remembered."""
-        found = self._requester.run(
-            f"listing in bucket {self._bucket}",
-            self.where(directory),
-            lambda: obstore.list_with_delimiter(self._store(), directory),
-        )
-        names = {prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"]}
-        names |= {entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]}
-        return sorted(names)
+        return self._objects.names(directory)
+
+    def files(self, directory: str) -> Iterator[FoundFile]:
+        """Every object below `directory`, sorted."""
+        yield from self._objects.files(directory)
 
     def check_writable(self) -> None:
         """Raise early where the bucket takes no objects, or would overwrite one that exists.
 
         Raises: MachineError; InputError for a service without conditional writes, on which no commit is safe.
         """
-        probe = f"tmp/probe-{uuid.uuid4().hex}"
+        probe = self._temporary_name()
         self.create(probe, b"first")
         safe = not self.create(probe, b"second")
         self.remove(probe)
@@ -211,100 +190,65 @@ class ObjectStorage:
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish `data` under `name` if nothing has that name yet; False where something has."""
-        attempts = 0
-
-        def put() -> bool:
-            nonlocal attempts
-            attempts += 1
-            try:
-                obstore.put(self._store(), name, data, mode="create", use_multipart=False)
-            except (AlreadyExistsError, PreconditionError) as taken:
-                if describe_fault(taken).status != 412:
-                    raise  # 409: another writer is at it now, nothing is decided
-                # An earlier try of ours may have been done and its answer lost: then the bytes are ours.
-                return attempts > 1 and self.read(name) == data
-            return True
-
-        return self._requester.run(f"writing to bucket {self._bucket}", self.where(name), put)
-
-    def read_versioned(self, name: str) -> VersionedObject:
-        """A small object with its version. Raises FileNotFoundError where there is none."""
-
-        def get() -> VersionedObject:
-            answer = obstore.get(self._store(), name)
-            meta = answer.meta
-            data = bytes(answer.bytes())
-            if len(data) != meta["size"]:
-                raise IncompleteAnswerError
-            version = (meta["e_tag"] or "", meta["version"] or "")
-            return VersionedObject(data=data, modified_s=meta["last_modified"].timestamp(), version=version)
-
-        return self._requester.run(f"reading in bucket {self._bucket}", self.where(name), get)
-
-    def replace(self, name: str, data: bytes, version: tuple[str, str]) -> tuple[str, str] | None:
-        """Write `data`, which no other write ever has, over an object that still has the version that was read.
-
-        Returns: its version now; None where it was another one before, or gone, and nothing was written.
-        """
-        e_tag, number = version
-        mode: UpdateVersion = {}
-        if e_tag:
-            mode["e_tag"] = e_tag
-        if number:
-            mode["version"] = number
-        attempts = 0
-
-        def put() -> tuple[str, str] | None:
-            nonlocal attempts
-            attempts += 1
-            try:
-                written = obstore.put(self._store(), name, data, mode=mode, use_multipart=False)
-            except (PreconditionError, FileNotFoundError) as refused:
-                fault = describe_fault(refused)
-                if fault.advice or fault.status not in (404, 412):
-                    raise
-                # An earlier try of ours may have been done and its answer lost: then the bytes are ours.
-                return self._version_with(name, data) if attempts > 1 else None
-            return written["e_tag"] or "", written["version"] or ""
-
-        return self._requester.run(f"writing to bucket {self._bucket}", self.where(name), put)
-
-    def _version_with(self, name: str, data: bytes) -> tuple[str, str] | None:
-        try:
-            found = self.read_versioned(name)
-        except FileNotFoundError:
-            return None
-        return found.version if found.data == data else None
-
-    def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
-        self._requester.run(
-            f"removing from bucket {self._bucket}", self.where(name), lambda: obstore.delete(self._store(), name)
-        )
+        publishing_failpoint(name, "written")
+        created = self._objects.create(name, data)
+        publishing_failpoint(name, "linked")
+        return created
 
     def publish_content(self, temporary: TemporaryFile, name: str, sha256: str) -> None:
         """Upload a written temporary file under the name that follows from its content.
 
-        An object of that name is written again: with the same bytes, whole or not at all.
+        An object of that name is written again: with the same bytes, whole or not at all. What arrives is compared by
+        the service with the sha256 that each request names.
         """
         temporary.file.flush()
-        nbytes = os.stat(temporary.path).st_size
-        part = max(_SMALLEST_PART, self._limits.part_bytes)
+        publishing_failpoint(name, "written")
+        self._objects.upload(name, temporary.path, os.stat(temporary.path).st_size)
+        publishing_failpoint(name, "linked")
 
-        def upload() -> None:
-            try:
-                store = self._store(retries=True)
-                obstore.put(store, name, temporary.path, chunk_size=part, max_concurrency=_UPLOADS)
-            except (BaseError, FileNotFoundError):
-                # the answer to the last step may be lost, and that step cannot be repeated
-                if not self._has_size(name, nbytes):
-                    raise
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Write a file that nobody relies on, over what it held."""
+        self._objects.put(name, data)
 
-        self._requester.run(f"writing to bucket {self._bucket}", self.where(name), upload)
-        if not self._has_size(name, nbytes):
-            raise MachineError(
-                f"{self.where(name)}: writing failed: {nbytes} bytes were sent, other are there; run it again"
-            )
+    def append(self, name: str, data: bytes) -> None:
+        """Add to a file that this process alone writes; what it has written so far stays in memory."""
+        self._appended[name] = self._appended.get(name, b"") + data
+        self._objects.put(name, self._appended[name])
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        self._objects.delete(name)
+
+    def remove_tree(self, name: str) -> None:
+        """Remove an object, and all objects below that name."""
+        for file in self._objects.files(name):
+            self._objects.delete(file.name)
+        self._objects.delete(name)
+
+    def set_aside(self, name: str) -> str:
+        """Take an object out of the cache; it can still be read under the name returned.
+
+        Raises: FileNotFoundError where it is gone already.
+        """
+        aside = self._temporary_name()
+        self._objects.copy(name, aside)
+        self._objects.delete(name)
+        return aside
+
+    def put_back(self, aside: str, name: str) -> None:
+        """Undo `set_aside`."""
+        self._objects.copy(aside, name)
+
+    def has_second_name(self, name: str) -> bool:
+        """False: what is being uploaded has its temporary file on another disk."""
+        return False
+
+    def remove_empty_folder(self, directory: str) -> None:
+        """Nothing to be done: a bucket has no folders."""
+
+    def temporaries(self) -> dict[str, Life]:
+        """Name of each object that was written for a moment only → what is known of the process that made it."""
+        return {f"{_TEMPORARY}/{name}": owner_life(name) for name in self.list(_TEMPORARY)}
 
     def exists_durably(self, name: str) -> bool:
         return self.exists(name)  # what the service has confirmed, it keeps
@@ -313,8 +257,11 @@ class ObjectStorage:
         """Nothing to be done: what the service has confirmed, it keeps."""
 
     def remove_abandoned(self) -> int:
-        """Remove spooled files whose process, on this machine, is dead. Returns how many."""
-        return self._spool.remove_abandoned()
+        """Remove temporary files and objects whose process, on this machine, is dead. Returns how many."""
+        abandoned = [name for name, life in self.temporaries().items() if life == "dead"]
+        for name in abandoned:
+            self.remove(name)
+        return len(abandoned) + self._spool.remove_abandoned()
 
     def tidy(self) -> None:
         """Remove what this process has spooled and not uploaded."""
@@ -323,37 +270,8 @@ class ObjectStorage:
     def stop_creating(self) -> None:
         self._spool.stop_creating()
 
-    def _has_size(self, name: str, nbytes: int) -> bool:
-        try:
-            return self.size(name) == nbytes
-        except FileNotFoundError:
-            return False
-
-    def _get_range(self, action: str, name: str, offset: int, nbytes: int) -> tuple[memoryview, int]:
-        """(bytes, size of the object); fewer bytes than asked for only where the object ends."""
-
-        def get() -> tuple[memoryview, int]:
-            answer = obstore.get(self._store(), name, options={"range": (offset, offset + nbytes)})
-            begin, end = answer.range
-            size = answer.meta["size"]
-            data = memoryview(answer.bytes())
-            if begin != offset or end != min(offset + nbytes, size) or len(data) != end - begin:
-                raise IncompleteAnswerError
-            return data, size
-
-        try:
-            return self._requester.run(f"{action} in bucket {self._bucket}", self.where(name), get)
-        except BaseError as fault:
-            if describe_fault(fault).status != 416:
-                raise
-            return memoryview(b""), offset  # the object ends at `offset` or before it
-
-    def _store(self, *, retries: bool = False) -> Any:  # a class of obstore's for each service
-        runtime_owner.check(self.root)
-        with self._lock:
-            if retries not in self._stores:
-                self._stores[retries] = open_store(self._scheme, self._bucket, self._prefix, self._limits, retries)
-            return self._stores[retries]
+    def _temporary_name(self) -> str:
+        return f"{_TEMPORARY}/{owner_stem()}-{uuid.uuid4().hex}"
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:

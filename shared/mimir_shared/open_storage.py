@@ -5,7 +5,7 @@ from typing import Final
 
 from mimir_shared.errors import InputError
 from mimir_shared.redaction import hide_address_secrets, holds_address_secret
-from mimir_shared.storage import open_folder
+from mimir_shared.storage import LocalStorage
 from mimir_shared.storage_protocol import Storage
 
 _BUCKETS: Final = ("s3", "gs", "az")
@@ -40,4 +40,4 @@ def open_storage(
         raise InputError(
             f"--cache {scheme}://…: unknown scheme; give a folder, or {', '.join(_BUCKETS)}://bucket/prefix"
         )
-    return open_folder(location)
+    return LocalStorage(Path(location.removeprefix("file://")))

@@ -33,3 +33,14 @@ def life_of(domain: str, pid: int) -> Life:
     except OSError:
         return "living"
     return "dead" if ended else "living"
+
+
+def owner_stem() -> str:
+    """How the names of this process's temporary files begin; a "-" and what tells them apart follow."""
+    return f"{process_domain()}-{os.getpid()}"
+
+
+def owner_life(name: str) -> Life:
+    """What is known of the process that a temporary file is named for."""
+    parts = name.split("-")
+    return life_of(parts[0], int(parts[1])) if len(parts) == 3 and parts[1].isdecimal() else "unknown"

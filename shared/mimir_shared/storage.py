@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,10 @@ from typing import BinaryIO
 from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import publishing_failpoint
+from mimir_shared.found_file import FoundFile
 from mimir_shared.local_leases import LocalLeaseStore
 from mimir_shared.open_files import OpenFiles
-from mimir_shared.process_identity import Life, life_of, process_domain
+from mimir_shared.process_identity import Life, owner_life, owner_stem
 
 _TEMPORARY = "tmp"
 _MENDED_BY_THE_USER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -151,7 +153,7 @@ class LocalStorage:
 
         Raises: OSError; of a full disk, with what was written and what is free.
         """
-        path = self.temporary_path()
+        path = self._temporary_path()
         file = self._create_temporary(path)
         try:
             yield TemporaryFile(path, file)
@@ -204,49 +206,79 @@ class LocalStorage:
             temporary.file.write(data)
             return self.publish(temporary, name)
 
-    def temporary_path(self) -> Path:
-        """A name that nothing has and that tells whose it is."""
-        return self.root / _TEMPORARY / f"{process_domain()}-{os.getpid()}-{uuid.uuid4().hex}"
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Write a file that nobody relies on, over what it held. Raises OSError."""
+        with self.temporary() as temporary:
+            temporary.file.write(data)
+            temporary.file.flush()
+            # not synced: after a power cut nobody misses it
+            self.path(name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary.path, self.path(name))
 
-    def set_aside(self, name: str) -> Path:
-        """Take a file or folder out of the cache in one step; it can still be read where it is then.
+    def append(self, name: str, data: bytes) -> None:
+        """Add to a file that this process alone writes. Raises OSError."""
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path(name), "ab") as file:
+            file.write(data)
+
+    def set_aside(self, name: str) -> str:
+        """Take a file or folder out of the cache in one step; it can still be read under the name returned.
 
         Raises: FileNotFoundError where it is gone already.
         """
-        aside = self.temporary_path()
+        aside = self._temporary_path()
         self._ensure_directory(aside.parent)
         self.disk.rename(self.path(name), aside)
         self._open_files.forget(str(self.path(name)))
-        return aside
+        return f"{_TEMPORARY}/{aside.name}"
 
-    def put_back(self, aside: Path, name: str) -> None:
+    def put_back(self, aside: str, name: str) -> None:
         """Undo `set_aside`, unless something has that name again."""
-        self._link(aside, self.path(name))
+        self._link(self.path(aside), self.path(name))
         self.disk.sync_directory(self.path(name).parent)
 
-    def remove_temporary(self, path: Path) -> None:
-        """Remove a file or folder of the temporary folder, if it is there."""
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
-            if path.is_dir():
-                self.disk.remove_tree(path)
-            else:
-                self.disk.remove(path)
+            self.disk.remove(self.path(name))
+        self._open_files.forget(str(self.path(name)))
+
+    def remove_tree(self, name: str) -> None:
+        """Remove a file, or a folder with all that it holds, if it is there, in one step. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            self._remove_temporary(self.path(self.set_aside(name)))
+
+    def remove_empty_folder(self, directory: str) -> None:
+        """Remove a folder that holds nothing."""
+        with contextlib.suppress(OSError):
+            self.disk.remove_directory(self.path(directory))
+
+    def has_second_name(self, name: str) -> bool:
+        """Whether the worker that published a file still has its temporary file: it has not come to the record."""
+        try:
+            return self.path(name).stat().st_nlink > 1
+        except FileNotFoundError:
+            return True
+
+    def files(self, directory: str) -> Iterator[FoundFile]:
+        """Every file below a folder, sorted. Raises OSError."""
+        for path in sorted(self.path(directory).rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    name = path.relative_to(self.root).as_posix()
+                    yield FoundFile(name=name, nbytes=status.st_size, modified_s=status.st_mtime)
 
     def temporaries(self) -> dict[str, Life]:
         """Name of each temporary file → what is known of the process that made it."""
-        found: dict[str, Life] = {}
-        for name in self.list(_TEMPORARY):
-            parts = name.split("-")
-            known = len(parts) == 3 and parts[1].isdecimal()
-            found[f"{_TEMPORARY}/{name}"] = life_of(parts[0], int(parts[1])) if known else "unknown"
-        return found
+        return {f"{_TEMPORARY}/{name}": owner_life(name) for name in self.list(_TEMPORARY)}
 
     def remove_abandoned(self) -> int:
         """Remove temporary files whose process, on this machine, is dead. Returns how many."""
         abandoned = [name for name, life in self.temporaries().items() if life == "dead"]
         with machine_faults(f"{self.root}/{_TEMPORARY}: removing abandoned files"):
             for name in abandoned:
-                self.remove_temporary(self.path(name))
+                self._remove_temporary(self.path(name))
         return len(abandoned)
 
     def tidy(self) -> None:
@@ -255,17 +287,27 @@ class LocalStorage:
         To be called at the end of a command: a folder that came and went with each file would trip programs
         that walk the cache meanwhile.
         """
-        own = f"{_TEMPORARY}/{process_domain()}-{os.getpid()}-"
         # a disk that fails, or is gone, has been told of already: what is left is removed by another run
         with contextlib.suppress(OSError, MachineError):
             for name in self.temporaries():
-                if name.startswith(own):
-                    self.remove_temporary(self.path(name))
+                if name.startswith(f"{_TEMPORARY}/{owner_stem()}-"):
+                    self._remove_temporary(self.path(name))
             self.disk.remove_directory(self.root / _TEMPORARY)
 
     def stop_creating(self) -> None:
         """Let no temporary file appear any more: whoever asks for one waits until this process has ended."""
         self._may_create.acquire()
+
+    def _temporary_path(self) -> Path:
+        """A name that nothing has and that tells whose it is."""
+        return self.root / _TEMPORARY / f"{owner_stem()}-{uuid.uuid4().hex}"
+
+    def _remove_temporary(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_dir():
+                self.disk.remove_tree(path)
+            else:
+                self.disk.remove(path)
 
     def _create_temporary(self, path: Path) -> BinaryIO:
         with self._may_create:
@@ -293,7 +335,7 @@ class LocalStorage:
                 return True
 
     def _replace(self, temporary: "TemporaryFile", final: Path) -> None:
-        second = self.temporary_path()
+        second = self._temporary_path()
         self.disk.link(temporary.path, second)
         self.disk.rename(second, final)
         self._open_files.forget(str(final))
@@ -358,16 +400,3 @@ class TemporaryFile:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self.file = file
-
-
-def open_folder(location: str) -> LocalStorage:
-    """The folder behind a `--cache` value. Raises InputError for a cache in a bucket."""
-    if "://" in location:
-        scheme, _, rest = location.partition("://")
-        if scheme != "file":
-            raise InputError(
-                f"--cache {scheme}://…: not supported yet where a cache is made or changed; give a folder, and copy it "
-                f"to the bucket when it is finished"
-            )
-        location = rest
-    return LocalStorage(Path(location))

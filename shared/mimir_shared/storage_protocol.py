@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from mimir_shared.found_file import FoundFile
 from mimir_shared.lease_store import LeaseStore
+from mimir_shared.process_identity import Life
 from mimir_shared.storage import TemporaryFile
 
 
@@ -68,6 +70,10 @@ class Storage(Protocol):
         """File and folder names directly below `directory`, sorted; empty where there is none."""
         ...
 
+    def files(self, directory: str) -> Iterator[FoundFile]:
+        """Every file below a folder, sorted; none where there is no such folder."""
+        ...
+
     def check_writable(self) -> None:
         """Raise InputError early where nothing could be written."""
         ...
@@ -85,6 +91,45 @@ class Storage(Protocol):
 
         Where the name exists already it holds the same bytes, unless they were damaged since: then they are replaced.
         """
+        ...
+
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Write a file that nobody relies on, over what it held. Raises OSError, MachineError."""
+        ...
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to a file that this process alone writes. Raises OSError, MachineError."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there. Raises OSError, MachineError."""
+        ...
+
+    def remove_tree(self, name: str) -> None:
+        """Remove a file, or a folder with all that it holds, if it is there. Raises OSError, MachineError."""
+        ...
+
+    def remove_empty_folder(self, directory: str) -> None:
+        """Remove a folder that holds nothing, where the storage has folders."""
+        ...
+
+    def set_aside(self, name: str) -> str:
+        """Take a file out of the cache; it can still be read under the name returned.
+
+        Raises: FileNotFoundError where it is gone already; OSError, MachineError.
+        """
+        ...
+
+    def put_back(self, aside: str, name: str) -> None:
+        """Undo `set_aside`, unless something has that name again. Raises OSError, MachineError."""
+        ...
+
+    def has_second_name(self, name: str) -> bool:
+        """Whether it is known that the worker that published a file has not come to the record that will name it."""
+        ...
+
+    def temporaries(self) -> dict[str, Life]:
+        """Name of each file that is to have another name, or none, soon → what is known of the process that made it."""
         ...
 
     def remove_abandoned(self) -> int:

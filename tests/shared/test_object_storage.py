@@ -15,7 +15,7 @@ from mimir_shared.bucket_requests import RequestLimits, describe_fault
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.object_storage import ObjectStorage
 from mimir_shared.open_storage import open_storage
-from mimir_shared.storage import LocalStorage, open_folder
+from mimir_shared.storage import LocalStorage
 from mimir_shared.storage_protocol import Storage
 from tests.buckets import QUICK, SECRET, environment
 
@@ -187,11 +187,6 @@ def test_the_three_services_and_folders_are_told_apart(tmp_path: Path) -> None:
     assert open_storage(f"file://{tmp_path}").root == open_storage(str(tmp_path)).root == tmp_path
     with pytest.raises(InputError, match="unknown scheme"):
         open_storage("ftp://host/cache")
-
-
-def test_what_only_works_in_a_folder_says_so() -> None:
-    with pytest.raises(InputError, match="not supported yet"):
-        open_folder("s3://bucket/x")
 
 
 class TestFaults:
