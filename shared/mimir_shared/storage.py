@@ -208,12 +208,12 @@ class LocalStorage:
 
     def overwrite(self, name: str, data: bytes) -> None:
         """Write a file that nobody relies on, over what it held. Raises OSError."""
-        with self.temporary() as temporary:
-            temporary.file.write(data)
-            temporary.file.flush()
-            # not synced: after a power cut nobody misses it
-            self.path(name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary.path, self.path(name))
+        temporary = self._temporary_path()
+        for folder in (temporary.parent, self.path(name).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        # not synced: after a power cut nobody misses it
+        temporary.write_bytes(data)
+        os.replace(temporary, self.path(name))
 
     def append(self, name: str, data: bytes) -> None:
         """Add to a file that this process alone writes. Raises OSError."""
