@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mimir_precompute.pace import rate_together, time_left_s
 from mimir_precompute.workers import SeenWorker, WorkerReport, read_workers
 from mimir_shared.feature_folder import FeatureFolder
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 from mimir_shared.wording import describe_duration, format_size
 
 
@@ -14,7 +14,7 @@ from mimir_shared.wording import describe_duration, format_size
 class SharedWork:
     """What this worker makes together with others: where they commit, and what is to be there in the end."""
 
-    storage: LocalStorage
+    storage: Storage
     folder: FeatureFolder
     clips_of_shard: Mapping[int, int]
     """The shards that are to be made."""

@@ -22,8 +22,8 @@ from mimir_precompute.team import Ending
 from mimir_precompute.termination import working_on
 from mimir_precompute.worker_task import EncodersOf, WorkerTask, run_worker
 from mimir_shared.errors import MimirError
+from mimir_shared.open_storage import open_storage
 from mimir_shared.redaction import hide_secrets
-from mimir_shared.storage import open_folder
 
 TASKS = TypeAdapter(WorkerTask)
 ENDINGS = TypeAdapter(Ending)
@@ -50,7 +50,7 @@ def _run(task: WorkerTask, encoders_of: EncodersOf) -> Ending:
     warnings = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     progress = Progress(quiet=True, watch=False, warnings=warnings)
     try:
-        with working_on(open_folder(task.cache)):
+        with working_on(open_storage(task.cache)):
             device = choose_device(task.models.device)
             return Ending(outcomes=tuple(run_worker(task, progress, device, encoders_of)))
     except MimirError as error:

@@ -14,8 +14,9 @@ from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_shared.features import FeatureName
 from mimir_shared.manifest import CacheFormat
+from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.storage import LocalStorage, open_folder
+from mimir_shared.storage_protocol import Storage
 
 EncodersOf = Callable[[Plan, ModelOptions, Sequence[FeatureName]], EncoderSource]
 """open_encoders, or what a test puts in its place."""
@@ -42,7 +43,7 @@ class WorkerTask:
 
 
 def make_job(
-    task: WorkerTask, storage: LocalStorage, plan: Plan, encoders: EncoderSource, decoder: ClipDecoder
+    task: WorkerTask, storage: Storage, plan: Plan, encoders: EncoderSource, decoder: ClipDecoder
 ) -> EncodeJob:
     """A task together with what it is done with."""
     return EncodeJob(
@@ -70,7 +71,7 @@ def run_worker(
         device: where the models run, for the log.
     Raises: MimirError; what is committed by then stays.
     """
-    storage = open_folder(task.cache)
+    storage = open_storage(task.cache)
     plan = read_plan(storage)
     with closing(DecodeSandbox(task.decode_limits)) as decoder:
         job = make_job(task, storage, plan, encoders_of(plan, task.models, task.features), decoder)
