@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _LINK_UNSUPPORTED = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 
@@ -65,7 +66,9 @@ class Disk:
         library = ctypes.CDLL(None, use_errno=True)
         if hasattr(library, "renameat2"):
             names = (os.fsencode(source), os.fsencode(target))
-            if library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE) == 0:
+            if library.renameat2(FULL = {errno.ENOSPC, errno.EDQUOT}
+_AT_FDCWD, names[0], FULL = {errno.ENOSPC, errno.EDQUOT}
+_AT_FDCWD, names[1], _RENAME_NOREPLACE) == 0:
                 return
             if ctypes.get_errno() == errno.EEXIST:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
@@ -74,3 +77,14 @@ class Disk:
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
         os.rename(source, target)
+
+
+def describe_full(fault: OSError, root: Path, path: Path) -> OSError:
+    """The same fault of a full disk, with what was written of a file below `root` and what is free there."""
+    space = os.statvfs(root)
+    written = path.stat().st_size if path.exists() else 0
+    return OSError(
+        fault.errno,
+        f"{fault.strerror}: {written} bytes of a file were written and more are needed; {root} has "
+        f"{space.f_bavail * space.f_frsize} bytes and {space.f_favail} files free",
+    )

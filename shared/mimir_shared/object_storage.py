@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from typing import Final
 from mimir_shared.bucket_leases import BucketLeaseStore
 from mimir_shared.bucket_objects import BucketObjects
 from mimir_shared.bucket_requests import RequestLimits
+from mimir_shared.disk import FULL
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import publishing_failpoint
 from mimir_shared.found_file import FoundFile
@@ -184,9 +185,20 @@ class ObjectStorage:
                 f"so that workers could undo each other's commits; use a service that honours it"
             )
 
-    def temporary(self) -> AbstractContextManager[TemporaryFile]:
-        """A new file on this machine's disk, to be uploaded whole."""
-        return self._spool.temporary()
+    @contextmanager
+    def temporary(self) -> Iterator[TemporaryFile]:
+        """A new file on this machine's disk, to be uploaded whole.
+
+        Raises: OSError; of a full disk, with what was written, what is free, and how to choose another.
+        """
+        try:
+            with self._spool.temporary() as file:
+                yield file
+        except OSError as fault:
+            if fault.errno not in FULL:
+                raise
+            advice = "a shard lies there until it is uploaded: set TMPDIR to a folder with more room"
+            raise OSError(fault.errno, f"{fault.strerror}; {advice}") from fault
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish `data` under `name` if nothing has that name yet; False where something has."""

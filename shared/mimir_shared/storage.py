@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from mimir_shared.disk import Disk
+from mimir_shared.disk import FULL, Disk, describe_full
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import publishing_failpoint
 from mimir_shared.found_file import FoundFile
@@ -28,7 +28,6 @@ from mimir_shared.process_identity import Life, owner_life, owner_stem
 
 _TEMPORARY = "tmp"
 _MENDED_BY_THE_USER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextlib.contextmanager
@@ -159,8 +158,8 @@ class LocalStorage:
             yield TemporaryFile(path, file)
             file.close()
         except OSError as fault:
-            if fault.errno in _FULL:
-                raise self._describe_full(fault, path) from fault
+            if fault.errno in FULL:
+                raise describe_full(fault, self.root, path) from fault
             raise
         finally:
             with contextlib.suppress(OSError):
@@ -383,15 +382,6 @@ class LocalStorage:
                 f"{self.root}: is not the folder any more that this program has written to; a mount has vanished or "
                 f"the folder was replaced: bring it back and run the same command again"
             )
-
-    def _describe_full(self, fault: OSError, path: Path) -> OSError:
-        space = os.statvfs(self.root)
-        written = path.stat().st_size if path.exists() else 0
-        return OSError(
-            fault.errno,
-            f"{fault.strerror}: {written} bytes of a file were written and more are needed; {self.root} has "
-            f"{space.f_bavail * space.f_frsize} bytes and {space.f_favail} files free",
-        )
 
 
 class TemporaryFile:
