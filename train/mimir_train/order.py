@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Final
+from typing import Final, Protocol
 
 from mimir_shared.errors import InputError
 from mimir_shared.wording import noun_for
@@ -23,6 +23,9 @@ SCHEME: Final = 1
 """Raised when the order changes for equal settings: a checkpoint of another scheme cannot go on."""
 
 DEFAULT_SHARDS_PER_BLOCK: Final = 32
+
+PACKED: Final = "packed"
+"""What stands for the bucket of clips of several."""
 
 _ROUNDS: Final = 6
 _MASK_64: Final = (1 << 64) - 1
@@ -101,10 +104,56 @@ class GlobalBatch:
     """0 is the first of a run."""
     epoch: int
     bucket: str
+    """That of all clips; PACKED where they are of several."""
+    buckets: tuple[str, ...]
+    """Of each clip."""
     places: tuple[ClipPlace, ...]
 
 
-class _EpochSequence:
+class ClipOrder(Protocol):
+    """Steps of a whole training run: what reads, trains and reports asks of any order."""
+
+    seed: int
+    buckets: tuple[BucketShards, ...]
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def num_clips(self, step: int) -> int:
+        """Of a step over all ranks."""
+        ...
+
+    def most_clips(self, world_size: int) -> int:
+        """Of one rank in any step, at most."""
+        ...
+
+    def parts(self, step: int, rank: int, world_size: int) -> list[range]:
+        """Positions in the global batch of what a rank trains on: its packs, or one range of clips of one bucket."""
+        ...
+
+    def batch(self, step: int, positions: Iterable[int] | None = None) -> GlobalBatch:
+        """The clips of a step over all ranks, or those at some positions; every step costs the same."""
+        ...
+
+    def substitute(self, step: int, position: int, attempt: int) -> ClipPlace:
+        """The clip that stands in for one that cannot be read: of the same bucket, for any number of ranks.
+
+        Args:
+            position: of the clip in the global batch.
+            attempt: 1 for the first that stands in, 2 for the one in place of that one, and so on.
+        """
+        ...
+
+    def state(self, next_step: int) -> dict[str, int]:
+        """All that must be kept to go on: scalars. Batches are counted when they were trained on, not when read."""
+        ...
+
+    def describe(self) -> list[str]:
+        """What a person should know of the order before it is trained: one line each."""
+        ...
+
+
+class EpochSequence:
     """One bucket's clips in the order of one epoch: a table over shards, none over clips."""
 
     def __init__(self, bucket: BucketShards, seed: int, epoch: int, shards_per_block: int) -> None:
@@ -135,8 +184,32 @@ class _EpochSequence:
         return self._entered[block]
 
 
+class EpochSequences:
+    """The sequences of all buckets, for the epochs that are in use."""
+
+    def __init__(self, buckets: Sequence[BucketShards], seed: int, shards_per_block: int) -> None:
+        self._buckets = tuple(buckets)
+        self._seed = seed
+        self._shards_per_block = shards_per_block
+        self._made: dict[tuple[int, int], EpochSequence] = {}
+
+    def of(self, bucket: int, epoch: int) -> EpochSequence:
+        """That of a bucket, named by its position."""
+        if (bucket, epoch) not in self._made:
+            # the reader looks a few batches ahead, so two epochs are in use where one ends
+            self._made = {key: kept for key, kept in self._made.items() if abs(key[1] - epoch) <= 1}
+            self._made[bucket, epoch] = EpochSequence(self._buckets[bucket], self._seed, epoch, self._shards_per_block)
+        return self._made[bucket, epoch]
+
+    def substitute(self, bucket: int, epoch: int, number: int, attempt: int) -> ClipPlace:
+        """The clip that stands in for the one at `number` of a sequence; see ClipOrder.substitute."""
+        shards = self._buckets[bucket]
+        key = order_key(self._seed, epoch, "substitute", shards.name, number, attempt)
+        return self.of(bucket, epoch).place(key % shards.num_clips)
+
+
 class TrainingOrder:
-    """Steps of a whole training run, each with its global batch."""
+    """Steps of a whole training run, each with its global batch of one bucket: a ClipOrder."""
 
     def __init__(
         self,
@@ -165,7 +238,7 @@ class TrainingOrder:
                 f"a batch is of one bucket: give at most {largest}, hold fewer shards out, or encode more clips"
             )
         self._batch_ends = list(accumulate(bucket.num_clips // global_batch_size for bucket in self.buckets))
-        self._sequences: dict[tuple[int, int], _EpochSequence] = {}
+        self._sequences = EpochSequences(self.buckets, seed, shards_per_block)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -176,6 +249,15 @@ class TrainingOrder:
         """bucket → clips left over by its last full batch; other ones in every epoch."""
         return {bucket.name: bucket.num_clips % self.global_batch_size for bucket in self.buckets}
 
+    def num_clips(self, step: int) -> int:
+        return self.global_batch_size
+
+    def most_clips(self, world_size: int) -> int:
+        return self.global_batch_size // world_size
+
+    def parts(self, step: int, rank: int, world_size: int) -> list[range]:
+        return [rank_positions(self.global_batch_size, rank, world_size)]
+
     def batch(self, step: int, positions: Iterable[int] | None = None) -> GlobalBatch:
         """The global batch of a step; every step costs the same.
 
@@ -183,22 +265,14 @@ class TrainingOrder:
             positions: of the batch, where only the clips at those are wanted.
         """
         epoch, bucket, first = self._find(step)
-        sequence = self._sequence(bucket, epoch)
+        sequence, name = self._sequences.of(bucket, epoch), self.buckets[bucket].name
         wanted = range(self.global_batch_size) if positions is None else positions
         places = tuple(sequence.place(first + position) for position in wanted)
-        return GlobalBatch(step=step, epoch=epoch, bucket=self.buckets[bucket].name, places=places)
+        return GlobalBatch(step=step, epoch=epoch, bucket=name, buckets=(name,) * len(places), places=places)
 
     def substitute(self, step: int, position: int, attempt: int) -> ClipPlace:
-        """The clip that stands in for one that cannot be read: of the same bucket, for any number of ranks.
-
-        Args:
-            position: of the clip in the global batch.
-            attempt: 1 for the first that stands in, 2 for the one in place of that one, and so on.
-        """
         epoch, bucket, first = self._find(step)
-        name, clips = self.buckets[bucket].name, self.buckets[bucket].num_clips
-        number = order_key(self.seed, epoch, "substitute", name, first + position, attempt) % clips
-        return self._sequence(bucket, epoch).place(number)
+        return self._sequences.substitute(bucket, epoch, first + position, attempt)
 
     def _find(self, step: int) -> tuple[int, int, int]:
         """(epoch, position of its bucket, number of its first clip in that bucket's sequence) of a step."""
@@ -210,7 +284,6 @@ class TrainingOrder:
         return epoch, bucket, first
 
     def state(self, next_step: int) -> dict[str, int]:
-        """All that must be kept to go on: scalars. Batches are counted when they were trained on, not when read."""
         return {
             "scheme": SCHEME,
             "seed": self.seed,
@@ -220,7 +293,6 @@ class TrainingOrder:
         }
 
     def describe(self) -> list[str]:
-        """What a person should know of the order before it is trained: one line each."""
         clips = sum(bucket.num_clips for bucket in self.buckets)
         lines = [
             f"{clips} clips in {len(self.buckets)} {noun_for(len(self.buckets), 'bucket')}, "
@@ -235,15 +307,6 @@ class TrainingOrder:
                 f"{self.global_batch_size}"
             )
         return lines
-
-    def _sequence(self, position: int, epoch: int) -> _EpochSequence:
-        if (position, epoch) not in self._sequences:
-            # the reader looks a few batches ahead, so two epochs are in use where one ends
-            self._sequences = {key: kept for key, kept in self._sequences.items() if abs(key[1] - epoch) <= 1}
-            self._sequences[position, epoch] = _EpochSequence(
-                self.buckets[position], self.seed, epoch, self.shards_per_block
-            )
-        return self._sequences[position, epoch]
 
 
 def rank_positions(global_batch_size: int, rank: int, world_size: int) -> range:
