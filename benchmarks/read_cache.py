@@ -127,7 +127,7 @@ class OurReader:
 
     def __init__(self, cache: Cache, options: ReadOptions, epochs: int) -> None:
         self._order = TrainingOrder(cache.buckets(), seed=0, global_batch_size=BATCH_SIZE)
-        self._reader = StepReader(cache, self._order, REQUESTS, range(BATCH_SIZE), options)
+        self._reader = StepReader(cache, self._order, REQUESTS, options)
         self._nbytes = np.sum([t.nbytes for f in ("latents", "t5", "llm") for t in cache.column(f).tensors], axis=0)
         self._epochs = epochs
 

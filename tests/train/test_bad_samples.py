@@ -14,7 +14,7 @@ from mimir_train.bad_samples import ALWAYS_ALLOWED, MAX_ATTEMPTS, BadSampleLog, 
 from mimir_train.batch_reader import TensorRequest
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.loop import train
-from mimir_train.order import TrainingOrder, rank_positions
+from mimir_train.order import TrainingOrder
 from mimir_train.step_reader import ReadOptions, StepReader
 from tests.train.caches import IMAGE, VIDEO, build_cache, flipped_byte, place_of, resumed_config, tiny_config
 from tests.train.test_loop import losses_of, metrics_of
@@ -50,9 +50,8 @@ def read(root: Path, world_size: int, steps: int) -> list[tuple[list[str], list[
     requests = [TensorRequest(feature="latents", name="vae_moments"), TensorRequest(feature="t5", name="t5_embeds")]
     for rank in range(world_size):
         cache = open_cache(str(root))
-        positions = rank_positions(4, rank, world_size)
         options = ReadOptions(on_bad_sample="substitute", threads=1 + rank)
-        with StepReader(cache, order_of(cache), requests, positions, options) as reader:
+        with StepReader(cache, order_of(cache), requests, options, rank=rank, world_size=world_size) as reader:
             for batch in reader.steps(0, steps):
                 keys, attempts, latents = found[batch.step]
                 moments = batch.host.tensors["vae_moments"].flatten()
@@ -136,7 +135,7 @@ def test_a_cache_without_a_readable_clip_is_given_up(whole: Path, tmp_path: Path
     cache = open_cache(str(root))
     options = ReadOptions(on_bad_sample="substitute")
     request = TensorRequest(feature="t5", name="t5_embeds")
-    with StepReader(cache, order_of(cache), [request], range(1), options) as reader:
+    with StepReader(cache, order_of(cache), [request], options, world_size=4) as reader:
         with pytest.raises(CacheError, match=rf"step 0: none of {MAX_ATTEMPTS} clips in a row could be read.*missing"):
             next(reader.steps(0, 1))
 

@@ -58,7 +58,7 @@ def order(cache: Cache) -> TrainingOrder:
 
 
 def steps_of(cache: Cache, order: TrainingOrder, **options: object) -> StepReader:
-    return StepReader(cache, order, REQUESTS, range(order.global_batch_size), ReadOptions(**options))  # type: ignore[arg-type]
+    return StepReader(cache, order, REQUESTS, ReadOptions(**options))  # type: ignore[arg-type]
 
 
 def clips_of(cache: Cache, batch: StepBatch) -> list[Clip]:
@@ -178,7 +178,7 @@ def test_memory_is_flat_over_ten_thousand_batches(root: Path, cache: Cache, borr
     process = psutil.Process()
     gc.disable()  # nothing may depend on it
     try:
-        with StepReader(cache, order, requests, range(2), options) as reader:
+        with StepReader(cache, order, requests, options) as reader:
             resident = {}
             for batch in reader.steps(0, 10_000):
                 if batch.step in (1_000, 9_999):

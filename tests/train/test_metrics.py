@@ -95,7 +95,7 @@ def test_without_a_peak_there_is_no_mfu_and_one_rank_is_not_called_slow(small_ca
 
 def test_ranks_tell_one_another_their_load() -> None:
     own = rank_report(0.125, 0.5)
-    assert exchange(ONE_RANK, own).ranks == (own,)
+    assert exchange(ONE_RANK, own, 2).ranks == (own,)
 
 
 def test_a_run_reports_its_share_of_a_stated_peak(small_cache: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_train.cache_reader import Cache
 from mimir_train.json_lines import JsonLines
-from mimir_train.order import TrainingOrder
+from mimir_train.order import ClipOrder
 
 MAX_ATTEMPTS: Final = 100
 """Clips in a row, all of them bad, for one place of a batch: then the cache is no longer there."""
@@ -45,14 +45,14 @@ class BadSample:
         }
 
 
-def clip_at(cache: Cache, order: TrainingOrder, step: int, position: int, attempt: int) -> Clip:
+def clip_at(cache: Cache, order: ClipOrder, step: int, position: int, attempt: int) -> Clip:
     """The clip at a position of a step's global batch; `attempt` stand-ins later."""
     whole = order.batch(step, [position])
     place = whole.places[0] if attempt == 0 else order.substitute(step, position, attempt)
-    return cache.clip(cache.clip_number(whole.bucket, place))
+    return cache.clip(cache.clip_number(whole.buckets[0], place))
 
 
-def find_bad_samples(cache: Cache, order: TrainingOrder, step: int, attempts: Sequence[int]) -> list[BadSample]:
+def find_bad_samples(cache: Cache, order: ClipOrder, step: int, attempts: Sequence[int]) -> list[BadSample]:
     """The bad clips of a step over all ranks.
 
     Args:
@@ -76,7 +76,7 @@ class BadSampleLog:
     def __init__(
         self,
         cache: Cache,
-        order: TrainingOrder,
+        order: ClipOrder,
         *,
         max_share: float,
         path: Path | None = None,

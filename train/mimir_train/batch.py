@@ -22,7 +22,7 @@ from mimir_train.config import TextAlign
 from mimir_train.device_copy import copied_ahead
 from mimir_train.model.fuser import LlmFeatures
 from mimir_train.objective import TextFeatures
-from mimir_train.order import TrainingOrder, rank_positions
+from mimir_train.order import PACKED, ClipOrder
 from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
 from mimir_train.tensors import to_tensor
 from mimir_train.text_alignment import align_by_characters
@@ -89,7 +89,7 @@ def find_layout(cache: Cache, *, llm: bool, text_align: TextAlign = "index") -> 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """Clips of one bucket, in the order of the global batch."""
+    """Clips of one bucket, or packs of clips of several, in the order of the global batch."""
 
     step: int
     epoch: int
@@ -97,20 +97,30 @@ class TrainingBatch:
     clips: tuple[Clip, ...]
     positions: tuple[int, ...]
     """Of the clips in the global batch: every draw of a step is keyed by them."""
+    step_clips: int
+    """Clips of the step over all ranks."""
+    packs: tuple[range, ...] = ()
+    """Rows of this batch that go through the transformer in one sequence; () for clips of one bucket."""
     attempts: tuple[int, ...] = ()
     """How many stand-ins were tried for each clip before one could be read; () for zeros."""
-    latents: Tensor
-    """(B, 2C, T, h, w) moments, or (B, C, T, h, w) where the cache holds means or samples; as stored, unscaled."""
+    latents: Tensor | tuple[Tensor, ...]
+    """(B, 2C, T, h, w) moments, or (B, C, T, h, w) where the cache holds means or samples; as stored, unscaled. Of
+    packs, one tensor a clip: (2C, T, h, w) or (C, T, h, w)."""
     holds_moments: bool
     text: TextFeatures
 
+    @property
+    def device(self) -> torch.device:
+        return self.text.t5_embeds.device
+
     def part(self, start: int, stop: int) -> "TrainingBatch":
-        """Some of its clips: a micro-batch."""
+        """Some of its clips: a micro-batch, or a pack."""
         rows = slice(start, stop)
         llm = self.text.llm
         return replace(
             self,
             clips=self.clips[rows],
+            packs=(range(stop - start),) if self.packs else (),
             positions=self.positions[rows],
             attempts=self.attempts[rows],
             latents=self.latents[rows],
@@ -119,21 +129,38 @@ class TrainingBatch:
             ),
         )
 
+    def of_one_size(self) -> "list[TrainingBatch]":
+        """The batch, or where its clips are of several sizes, each clip as a batch of one."""
+        if isinstance(self.latents, Tensor):
+            return [self]
+        return [replace(self.part(i, i + 1), latents=clip[None], packs=()) for i, clip in enumerate(self.latents)]
+
     def micro_batches(self, size: int | None) -> "Iterator[TrainingBatch]":
+        """What goes through the model at once: `size` clips, or a pack."""
+        for pack in self.packs:
+            yield self.part(pack.start, pack.stop)
+        if self.packs:
+            return
         size = size or len(self.clips)
         for start in range(0, len(self.clips), size):
             yield self.part(start, start + size)
 
     def tensors(self) -> list[Tensor]:
         """All of them, in no order that means anything."""
-        return [self.latents, self.text.t5_embeds, *(self.text.llm or ())]
+        latents = [self.latents] if isinstance(self.latents, Tensor) else self.latents
+        return [*latents, self.text.t5_embeds, *(self.text.llm or ())]
 
     def to(self, device: torch.device) -> "TrainingBatch":
         llm = self.text.llm
         moved = None if llm is None else LlmFeatures(*(tensor.to(device, non_blocking=True) for tensor in llm))
+        latents: Tensor | tuple[Tensor, ...]
+        if isinstance(self.latents, Tensor):
+            latents = self.latents.to(device, non_blocking=True)
+        else:
+            latents = tuple(clip.to(device, non_blocking=True) for clip in self.latents)
         return replace(
             self,
-            latents=self.latents.to(device, non_blocking=True),
+            latents=latents,
             text=TextFeatures(self.text.t5_embeds.to(device, non_blocking=True), moved),
         )
 
@@ -189,10 +216,10 @@ def collate_text(
     return TextFeatures(t5_embeds, features)
 
 
-def batch_requests(layout: FeatureLayout) -> list[TensorRequest]:
-    """The tensors of the cache that make a TrainingBatch."""
+def batch_requests(layout: FeatureLayout, *, packed: bool = False) -> list[TensorRequest]:
+    """The tensors of the cache that make a TrainingBatch; `packed`: of clips of several buckets."""
     requests = [
-        TensorRequest(feature="latents", name=layout.latents),
+        TensorRequest(feature="latents", name=layout.latents, apart=packed),
         TensorRequest(feature="t5", name="t5_embeds", num_rows=layout.t5_rows),
     ]
     if layout.llm:
@@ -250,7 +277,7 @@ class BatchLoader:
     def __init__(
         self,
         cache: Cache,
-        order: TrainingOrder,
+        order: ClipOrder,
         layout: FeatureLayout,
         *,
         rank: int = 0,
@@ -268,7 +295,8 @@ class BatchLoader:
         self._order = order
         self._layout = layout
         self._variants = variants or VariantChoice()
-        self._positions = tuple(rank_positions(order.global_batch_size, rank, world_size))
+        self._rank = rank
+        self._world_size = world_size
         self._device = device if device is not None and device.type == "cuda" else None
         options = options or ReadOptions()
         # what is copied to a device is let go of there, when the copy is done
@@ -277,8 +305,9 @@ class BatchLoader:
     def batches(self, first_step: int, stop_step: int) -> Iterator[TrainingBatch]:
         """The batches of steps first_step … stop_step-1."""
         with StepReader(
-            self._cache, self._order, batch_requests(self._layout), self._positions, self._options, self._variants
-        ) as reader:
+            self._cache, self._order, batch_requests(self._layout, packed=self._order.is_packed), self._options,
+            rank=self._rank, world_size=self._world_size, variants=self._variants,
+        ) as reader:  # fmt: skip
             read = (self._training_batch(batch) for batch in reader.steps(first_step, stop_step))
             if self._device is None:
                 yield from read
@@ -286,24 +315,28 @@ class BatchLoader:
                 yield from copied_ahead(read, self._device, is_next_ready=lambda: reader.is_next_read)
 
     def _training_batch(self, batch: StepBatch) -> TrainingBatch:
+        first, stop = batch.parts[0].start, batch.parts[-1].stop
+        is_packed, name = batch.bucket == PACKED, self._layout.latents
         return TrainingBatch(
             step=batch.step,
             epoch=batch.epoch,
             bucket=batch.bucket,
             clips=tuple(self._cache.clip(number) for number in batch.numbers),
-            positions=self._positions,
+            positions=tuple(range(first, stop)),
+            step_clips=batch.num_clips,
+            packs=tuple(range(p.start - first, p.stop - first) for p in batch.parts) if is_packed else (),
             attempts=batch.attempts,
-            latents=batch.host.tensors[self._layout.latents],
+            latents=batch.host.apart[name] if is_packed else batch.host.tensors[name],
             holds_moments=self._layout.latents == "vae_moments",
             text=text_of(batch.host, self._layout),
         )
 
 
-def clips_of_step(cache: Cache, order: TrainingOrder, step: int, attempts: Sequence[int] = ()) -> tuple[Clip, ...]:
+def clips_of_step(cache: Cache, order: ClipOrder, step: int, attempts: Sequence[int] = ()) -> tuple[Clip, ...]:
     """The clips of a step over all ranks, in the order of their positions.
 
     Args:
         attempts: of each position, how many stand-ins were tried; () where all clips could be read.
     """
-    tried = attempts or (0,) * order.global_batch_size
+    tried = attempts or (0,) * order.num_clips(step)
     return tuple(clip_at(cache, order, step, position, attempt) for position, attempt in enumerate(tried))

@@ -36,6 +36,8 @@ class TensorRequest:
     """To pad the first dim to; None: as stored, and where it is ragged to the longest of the batch, at least 1."""
     variants: tuple[str, ...] = ()
     """Names in the cache, of which each clip's own variant is read."""
+    apart: bool = False
+    """Clips are of several sizes: each has a tensor of its own, and nothing is stacked or padded."""
 
     def stored_name(self, variant: int) -> str:
         return self.variants[variant] if self.variants else self.name
@@ -49,6 +51,8 @@ class HostBatch:
     """name → (B, …); rows that a clip does not have are zeros."""
     lengths: dict[str, Tensor]
     """name → (B,) int64, how many rows each clip has; of tensors that may be padded."""
+    apart: dict[str, tuple[Tensor, ...]]
+    """name → a tensor for each clip, where the request says so."""
 
     def mask(self, name: str) -> Tensor:
         """(B, rows) bool of a tensor that may be padded: True for rows that were there."""
@@ -68,6 +72,8 @@ class _Place:
     end: int
     lengths: list[int] | None
     """Rows of each clip; None for a tensor that is never padded."""
+    shapes: list[list[int]] | None
+    """Of each clip, where they lie apart: each at a multiple of the stride, and what is behind it is not looked at."""
 
 
 class PendingBatch:
@@ -110,20 +116,26 @@ class PendingBatch:
                     continue
                 start = place.offset + part * place.stride
                 buffers.append(self._memory[start : start + nbytes])
-                if nbytes < place.stride:
+                if nbytes < place.stride and place.shapes is None:
                     self._slot[start + nbytes : start + place.stride] = 0
             column.read_into(number, buffers, verify=self._verify)
 
     def tensors(self) -> HostBatch:
         """Views of the slot, once every clip is read."""
-        tensors, lengths = {}, {}
+        tensors, lengths, apart = {}, {}, {}
         for place in self._places:
-            stored = self._slot[place.offset : place.end].view(NUMPY_DTYPES[place.dtype]).reshape(place.shape)
+            stored = self._slot[place.offset : place.end].view(NUMPY_DTYPES[place.dtype])
             name = place.request.name
-            tensors[name] = to_tensor(FeatureTensor(stored, place.dtype))
+            if place.shapes is not None:
+                apart[name] = tuple(
+                    to_tensor(FeatureTensor(row[: math.prod(shape)].reshape(shape), place.dtype))
+                    for row, shape in zip(stored.reshape(len(place.shapes), -1), place.shapes, strict=True)
+                )
+                continue
+            tensors[name] = to_tensor(FeatureTensor(stored.reshape(place.shape), place.dtype))
             if place.lengths is not None:
                 lengths[name] = torch.tensor(place.lengths)
-        return HostBatch(tensors=tensors, lengths=lengths)
+        return HostBatch(tensors=tensors, lengths=lengths, apart=apart)
 
 
 class BatchReader:
@@ -166,7 +178,7 @@ class BatchReader:
         self.close()
 
     def start(self, numbers: Sequence[int], *, verify: bool, variants: Sequence[int] = ()) -> PendingBatch:
-        """Queue the reading of some clips of one bucket; it begins when those queued before are read.
+        """Queue the reading of some clips; it begins when those queued before are read.
 
         Args:
             variants: which of a request's variants is read of each clip; () for the first of all.
@@ -226,10 +238,11 @@ def _places(
         lengths = [dims[0] for dims in shapes]
         is_padded = tensor.is_ragged or request.num_rows is not None
         rows = request.num_rows or (max(*lengths, 1) if is_padded else first)
-        assert max(lengths) <= rows, f"{tensor.name}: {shapes} for {rows} rows"
-        if inner:
+        assert request.apart or max(lengths) <= rows, f"{tensor.name}: {shapes} for {rows} rows"
+        if inner and not request.apart:
             assert all(dims[1:] == inner for dims in shapes), f"{tensor.name}: clips of {shapes} in one batch"
-        stride = rows * math.prod(inner) * NUMPY_DTYPES[tensor.dtype].itemsize
+        most = max(map(math.prod, shapes)) if request.apart else rows * math.prod(inner)
+        stride = most * NUMPY_DTYPES[tensor.dtype].itemsize
         place = _Place(
             request=request,
             dtype=tensor.dtype,
@@ -238,6 +251,7 @@ def _places(
             stride=stride,
             end=end + len(numbers) * stride,
             lengths=lengths if is_padded else None,
+            shapes=shapes if request.apart else None,
         )
         end = -(-place.end // _ALIGNMENT) * _ALIGNMENT
         places.append(place)

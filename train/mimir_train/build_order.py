@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from mimir_train.cache_reader import Cache
+from mimir_train.config import TrainConfig
 from mimir_train.order import ClipOrder, TrainingOrder, check_batch_sizes
 from mimir_train.packs import PackedOrder
 
@@ -19,6 +20,17 @@ class OrderSettings:
     tokens_per_pack: int | None = None
     patch_size: int = 2
     """Of the transformer: it decides how many tokens a clip has."""
+
+
+def order_settings(config: TrainConfig) -> OrderSettings:
+    """Those of a run whose transformer is settled."""
+    return OrderSettings(
+        seed=config.run.seed,
+        global_batch_size=config.data.global_batch_size,
+        shards_per_block=config.data.shards_per_block,
+        tokens_per_pack=config.data.tokens_per_pack,
+        patch_size=config.model.transformer.patch_size,
+    )
 
 
 def build_order(

@@ -53,6 +53,10 @@ def run(
     feature: FeatureOption = None,
     global_batch_size: Annotated[int | None, typer.Option(help="Clips of a step over all ranks.", min=1,
                                                           show_default=False, rich_help_panel=_DATA)] = None,
+    tokens_per_pack: Annotated[int | None, typer.Option(help="Pack clips of all buckets into sequences of at most so "
+                                                        "many tokens, unpadded; a step is then --global-batch-size "
+                                                        "packs.", min=1, show_default=False,
+                                                        rich_help_panel=_DATA)] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Clips at once on a rank; steps accumulate.", min=1,
                                                          show_default=False, rich_help_panel=_DATA)] = None,
     validation_shards: ValidationShardsOption = None,
@@ -138,6 +142,7 @@ def run(
                 "data.cache": cache,
                 "data.features": parse_features(feature or []),
                 "data.global_batch_size": global_batch_size,
+                "data.tokens_per_pack": tokens_per_pack,
                 "data.micro_batch_size": micro_batch_size,
                 "data.validation_shards": validation_shards,
                 "data.verify_reads": verify_reads,
@@ -186,7 +191,9 @@ def run(
 @app.command()
 def order(
     cache: Cache,
-    global_batch_size: Annotated[int, typer.Option(help="Clips of a step over all ranks.", min=1, show_default=False)],
+    global_batch_size: Annotated[
+        int, typer.Option(help="Clips (or packs) of a step over all ranks.", min=1, show_default=False)
+    ],
     seed: Annotated[int, typer.Option(help="Of the run.")] = 42,
     start_step: Annotated[int, typer.Option(help="First step to print; 0 is the first of a run.", min=0)] = 0,
     steps: Annotated[int | None, typer.Option(help="How many; default: one epoch.", min=0, show_default=False)] = None,
@@ -198,10 +205,15 @@ def order(
     ] = None,
     validation_shards: ValidationShardsOption = None,
     shards_per_block: Annotated[int, typer.Option(help="As data.shards_per_block of the run.", min=1)] = 32,
+    tokens_per_pack: Annotated[
+        int | None, typer.Option(help="As data.tokens_per_pack of the run: its packs.", min=1, show_default=False)
+    ] = None,
+    patch_size: Annotated[int, typer.Option(help="Of the transformer, with --tokens-per-pack.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for a program to read.")] = False,
 ) -> None:
     """Say which clips each rank sees at each step."""
-    from mimir_train.commands import OrderRequest, describe_order, order_lines, parse_features
+    from mimir_train.cache_reader import open_cache
+    from mimir_train.commands import OrderRequest, describe_order, order_lines, order_of, parse_features
 
     request = OrderRequest(
         cache=cache,
@@ -209,14 +221,20 @@ def order(
         global_batch_size=global_batch_size,
         seed=seed,
         shards_per_block=shards_per_block,
+        tokens_per_pack=tokens_per_pack,
+        patch_size=patch_size,
         validation_shards=validation_shards,
         start_step=start_step,
         steps=steps,
         world_size=world_size,
         snapshot=snapshot,
     )
-    for step, ranks in order_lines(request):
-        echo(describe_order(step, ranks, as_json=as_json))
+    opened = open_cache(request.cache, request.features, snapshot=request.snapshot)
+    found = order_of(request, opened)
+    if tokens_per_pack is not None:
+        typer.echo("\n".join(found.describe()), err=True)
+    for line in order_lines(request, opened, found):
+        echo(describe_order(line, as_json=as_json))
 
 
 add_commands(app)  # sample, export, decode

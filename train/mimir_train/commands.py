@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimir_shared.errors import InputError
-from mimir_train.cache_reader import open_cache
+from mimir_train.build_order import OrderSettings, build_order
+from mimir_train.cache_reader import Cache
 from mimir_train.config import SCRATCH, TrainConfig
 from mimir_train.config_document import Document, nest, overlay, parse_assignment, read_document, train_config
-from mimir_train.order import TrainingOrder, check_batch_sizes, rank_positions
+from mimir_train.held_out import held_out_shards
+from mimir_train.order import ClipOrder
 from mimir_train.presets import preset_document
 from mimir_train.run_folder import resumed_settings
 
@@ -97,31 +99,59 @@ class OrderRequest:
     steps: int | None
     """None: one epoch."""
     world_size: int
+    tokens_per_pack: int | None = None
+    patch_size: int = 2
     snapshot: str | None = None
     """Digest (or its beginning) of the one that a run pinned; None: the newest."""
 
 
-def order_lines(request: OrderRequest) -> Iterator[tuple[int, list[list[str]]]]:
-    """(step, keys of each rank) for the steps asked for. Raises InputError before the first."""
-    from mimir_train.held_out import held_out_shards
+@dataclass(frozen=True, kw_only=True)
+class OrderLine:
+    """One step as `order` says it."""
 
-    check_batch_sizes(request.global_batch_size, request.world_size, None)
-    cache = open_cache(request.cache, request.features, snapshot=request.snapshot)
-    order = TrainingOrder(
-        cache.buckets(held_out_shards(request.validation_shards, cache.num_shards)),
+    step: int
+    packs: tuple[tuple[tuple[str, ...], ...], ...]
+    """Of each rank its packs, of each pack the keys; clips of one bucket are one."""
+    is_packed: bool
+
+    @property
+    def ranks(self) -> list[list[str]]:
+        """The keys of each rank."""
+        return [[key for pack in packs for key in pack] for packs in self.packs]
+
+
+def order_of(request: OrderRequest, cache: Cache) -> ClipOrder:
+    """Raises InputError for what makes no order."""
+    settings = OrderSettings(
         seed=request.seed,
         global_batch_size=request.global_batch_size,
         shards_per_block=request.shards_per_block,
+        tokens_per_pack=request.tokens_per_pack,
+        patch_size=request.patch_size,
     )
+    held_out = held_out_shards(request.validation_shards, cache.num_shards)
+    return build_order(cache, settings, held_out=held_out, world_size=request.world_size, micro_batch_size=None)
+
+
+def order_lines(request: OrderRequest, cache: Cache, order: ClipOrder) -> Iterator[OrderLine]:
+    """The steps asked for."""
     steps = order.steps_per_epoch if request.steps is None else request.steps
     for step in range(request.start_step, request.start_step + steps):
         whole = order.batch(step)
-        keys = [cache.clip(cache.clip_number(whole.bucket, place)).key for place in whole.places]
-        ranks = [rank_positions(len(keys), rank, request.world_size) for rank in range(request.world_size)]
-        yield step, [keys[positions.start : positions.stop] for positions in ranks]
+        numbers = map(cache.clip_number, whole.buckets, whole.places)
+        keys = [cache.clip(number).key for number in numbers]
+        packs = (order.parts(step, rank, request.world_size) for rank in range(request.world_size))
+        yield OrderLine(
+            step=step,
+            packs=tuple(tuple(tuple(keys[pack.start : pack.stop]) for pack in of_rank) for of_rank in packs),
+            is_packed=order.is_packed,
+        )
 
 
-def describe_order(step: int, ranks: list[list[str]], *, as_json: bool) -> str:
+def describe_order(line: OrderLine, *, as_json: bool) -> str:
     if as_json:
-        return json.dumps({"step": step, "ranks": ranks}, ensure_ascii=False)
-    return f"step {step}: " + " | ".join(f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(ranks))
+        packs = {"packs": line.packs} if line.is_packed else {}
+        return json.dumps({"step": line.step, "ranks": line.ranks, **packs}, ensure_ascii=False)
+    told = [[", ".join(pack) for pack in packs] for packs in line.packs]
+    ranks = [" + ".join(f"({pack})" for pack in packs) if line.is_packed else packs[0] for packs in told]
+    return f"step {line.step}: " + " | ".join(f"rank {rank}: {keys}" for rank, keys in enumerate(ranks))

@@ -43,9 +43,13 @@ class DataConfig:
     snapshot: str | None = None
     """Digest of the snapshot; None takes the newest and pins it."""
     global_batch_size: int
-    """Clips of a step over all ranks; all of one bucket."""
+    """Clips of a step over all ranks, all of one bucket; with tokens_per_pack: packs of a step."""
     micro_batch_size: int | None = None
     """Clips that go through the model at once on one rank; the rest of the step is accumulated. None: all."""
+    tokens_per_pack: int | None = None
+    """Clips of all buckets go through the transformer several in one sequence, of at most so many text and video
+    tokens, one sequence at once on a rank; a cogvideox clip of 49x480x720 has 17,780. None: clips of one bucket at a
+    time, each a sequence."""
     shards_per_block: int = DEFAULT_SHARDS_PER_BLOCK
     """Shards whose clips are shuffled together: more mixes better, fewer reads more locally."""
     validation_shards: int | None = None
@@ -73,6 +77,10 @@ class DataConfig:
         _require(self.global_batch_size >= 1, "data.global_batch_size", "at least 1", self.global_batch_size)
         micro = self.micro_batch_size
         _require(micro is None or micro >= 1, "data.micro_batch_size", "at least 1", micro)
+        budget = self.tokens_per_pack
+        _require(budget is None or budget >= 1, "--tokens-per-pack", "at least 1", budget)
+        if budget is not None:
+            _require(micro in (None, 1), "--micro-batch-size", "1 with --tokens-per-pack: a pack at a time", micro)
         _require(self.shards_per_block >= 1, "data.shards_per_block", "at least 1", self.shards_per_block)
         held_out = self.validation_shards
         _require(held_out is None or held_out >= 0, "data.validation_shards", "0 or more", held_out)

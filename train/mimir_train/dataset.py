@@ -15,7 +15,7 @@ from mimir_shared.errors import InputError
 from mimir_shared.features import FeatureName
 from mimir_train.batch_reader import TensorRequest
 from mimir_train.cache_reader import Cache
-from mimir_train.order import TrainingOrder, check_batch_sizes, rank_positions
+from mimir_train.order import TrainingOrder, check_batch_sizes
 from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
 
 Batch = dict[str, Tensor | list[str] | int | str]
@@ -26,12 +26,13 @@ class CacheDataset(IterableDataset[Batch]):
     """One rank's batches. An iteration is an epoch, or what is left of it; the next goes on with the next epoch."""
 
     def __init__(
-        self, cache: Cache, order: TrainingOrder, features: Sequence[FeatureName], positions: Sequence[int],
-        options: ReadOptions,
+        self, cache: Cache, order: TrainingOrder, features: Sequence[FeatureName], options: ReadOptions, *,
+        rank: int, world_size: int,
     ) -> None:  # fmt: skip
         self._cache = cache
         self._order = order
-        self._positions = positions
+        self._rank = rank
+        self._world_size = world_size
         self._options = options
         self._requests = [
             TensorRequest(feature=feature, name=tensor.name)
@@ -54,7 +55,9 @@ class CacheDataset(IterableDataset[Batch]):
             )
         per_epoch = self._order.steps_per_epoch
         stop = (self._next_step // per_epoch + 1) * per_epoch
-        with StepReader(self._cache, self._order, self._requests, self._positions, self._options) as reader:
+        with StepReader(
+            self._cache, self._order, self._requests, self._options, rank=self._rank, world_size=self._world_size
+        ) as reader:
             for batch in reader.steps(self._next_step, stop):
                 self._next_step = batch.step + 1
                 yield self._as_document(batch)
@@ -103,4 +106,4 @@ def build_dataset(
     order = TrainingOrder(
         cache.buckets(held_out), seed=seed, global_batch_size=global_batch_size, shards_per_block=shards_per_block
     )
-    return CacheDataset(cache, order, features, rank_positions(global_batch_size, rank, world_size), options)
+    return CacheDataset(cache, order, features, options, rank=rank, world_size=world_size)

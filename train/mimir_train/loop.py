@@ -23,6 +23,7 @@ from mimir_train.attention_choice import check_attention
 from mimir_train.bad_samples import BadSampleLog
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
 from mimir_train.build_model import build_model
+from mimir_train.build_order import build_order, order_settings
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
 from mimir_train.checkpoint import MODEL, OPTIMIZER, RANDOM
 from mimir_train.checkpoint_parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart
@@ -33,7 +34,7 @@ from mimir_train.learning_rate import describe_rates, rate_factor
 from mimir_train.metrics import check_reporters, open_metrics
 from mimir_train.objective import NoiseSchedule
 from mimir_train.optimizer import build_optimizer, set_rates
-from mimir_train.order import TrainingOrder, check_batch_sizes
+from mimir_train.order import ClipOrder
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint
 from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
@@ -81,7 +82,10 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
         )  # fmt: skip
         fitted = fit(config, cache, initial_of(run, config))
         check_attention(fitted.config.model, parallel.device, config.run.precision)
-        order = build_order(fitted, cache, parallel)
+        order = build_order(
+            cache, order_settings(fitted.config), held_out=fitted.held_out, world_size=parallel.world_size,
+            micro_batch_size=data.micro_batch_size,
+        )  # fmt: skip
         say_what_is_trained(console, fitted, cache, order)
 
         trainer = build_trainer(fitted, cache, order, parallel, goes_on=run.checkpoint is not None)
@@ -114,6 +118,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                         load=trainer.meter.load(batch, data_wait_s=data_wait_s, forward_s=forward_s),
                         save_failed=saver.has_failed,
                     ),
+                    order.most_clips(parallel.world_size),
                 )
                 num_bad = bad_samples.note(batch.step, report.attempts)
                 refuse_non_finite(report, batch.step, partial(clips_of_step, cache, order, batch.step))
@@ -151,7 +156,7 @@ class Trainer:
 
     fitted: FittedRun
     cache: Cache
-    order: TrainingOrder
+    order: ClipOrder
     parallel: Parallel
     model: TrainedModel
     wrapped: nn.Module
@@ -164,21 +169,7 @@ class Trainer:
     meter: StepMeter
 
 
-def build_order(fitted: FittedRun, cache: Cache, parallel: Parallel) -> TrainingOrder:
-    """The order of all steps. Raises InputError for a batch that fits neither the ranks nor any bucket."""
-    data = fitted.config.data
-    check_batch_sizes(data.global_batch_size, parallel.world_size, data.micro_batch_size)
-    return TrainingOrder(
-        cache.buckets(fitted.held_out),
-        seed=fitted.config.run.seed,
-        global_batch_size=data.global_batch_size,
-        shards_per_block=data.shards_per_block,
-    )
-
-
-def build_trainer(
-    fitted: FittedRun, cache: Cache, order: TrainingOrder, parallel: Parallel, *, goes_on: bool
-) -> Trainer:
+def build_trainer(fitted: FittedRun, cache: Cache, order: ClipOrder, parallel: Parallel, *, goes_on: bool) -> Trainer:
     """Model (with its first weights, unless it goes on), optimizer, objective, reader and validation set."""
     config, layout = fitted.config, fitted.layout
     built = build_model(fitted, parallel, filled_later=goes_on)
@@ -189,7 +180,6 @@ def build_trainer(
     objective = Objective(
         schedule=NoiseSchedule.cogvideox(config.objective.snr_shift_scale).to(parallel.device),
         seed=config.run.seed,
-        global_batch_size=order.global_batch_size,
         latent_scaling_factor=config.model.latent_scaling_factor,
         text_dropout=config.objective.text_dropout,
         empty_text=read_empty_text(cache, layout) if config.data.empty_text == "cached" else None,
@@ -215,7 +205,7 @@ def build_trainer(
     )
     validation = None
     if fitted.held_out:
-        size = config.data.micro_batch_size or order.global_batch_size // parallel.world_size
+        size = config.data.micro_batch_size or config.data.global_batch_size // parallel.world_size
         limit = config.run.validation_clips
         validation = find_validation_set(cache, layout, fitted.held_out, limit=limit, batch_size=size)
     return Trainer(
@@ -259,7 +249,8 @@ def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[tuple[
                 trainer.wrapped, trainer.model.fuser_config, trainer.objective, part.to(trainer.parallel.device)
             )
             forward_s = time.perf_counter() - started
-            (clip_loss.sum() / len(batch.clips)).backward()  # type: ignore[no-untyped-call]
+            # of packs, ranks have more and fewer clips, and all clips of the step count alike
+            (clip_loss.sum() / (batch.step_clips / trainer.parallel.world_size)).backward()  # type: ignore[no-untyped-call]
         losses.append(clip_loss.detach())
     return tuple(torch.cat(losses).tolist()), forward_s
 
@@ -299,7 +290,7 @@ def is_due(steps_done: int, every: int, last_step: int) -> bool:
     return steps_done % every == 0 or steps_done == last_step
 
 
-def say_what_is_trained(console: Console, fitted: FittedRun, cache: Cache, order: TrainingOrder) -> None:
+def say_what_is_trained(console: Console, fitted: FittedRun, cache: Cache, order: ClipOrder) -> None:
     newer = newer_plan(cache)
     notes = [f"note: {newer}"] if newer else []
     for line in [*notes, *describe_fit(fitted, cache), describe_rates(fitted.config), *order.describe()]:

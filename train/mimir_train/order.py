@@ -115,6 +115,8 @@ class ClipOrder(Protocol):
 
     seed: int
     buckets: tuple[BucketShards, ...]
+    is_packed: bool
+    """Whether a step's clips are of several buckets, in packs."""
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -224,6 +226,7 @@ class TrainingOrder:
             raise InputError(f"the global batch size must be at least 1, got {global_batch_size}")
         if shards_per_block < 1:
             raise InputError(f"data.shards_per_block must be at least 1, got {shards_per_block}")
+        self.is_packed = False
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.shards_per_block = shards_per_block

@@ -88,6 +88,7 @@ class PackedOrder:
             packs_per_step: over all ranks.
         Raises: InputError where a clip is larger than a pack, or an epoch has no full step.
         """
+        self.is_packed = True
         self.seed = seed
         self.packs_per_step = packs_per_step
         self.tokens_per_pack = tokens_per_pack

@@ -21,7 +21,7 @@ from mimir_train.config_document import from_record, to_document, training_diges
 from mimir_train.fit import FittedRun
 from mimir_train.initial_transformer import InitialTransformer
 from mimir_train.model.config import DiTConfig, FuserConfig
-from mimir_train.order import TrainingOrder
+from mimir_train.order import ClipOrder
 from mimir_train.run_folder import RunFolder
 
 
@@ -36,9 +36,7 @@ def initial_of(run: RunFolder, config: TrainConfig) -> InitialTransformer | None
     return InitialTransformer(config=transformer, folder=None, vae_scaling_factor=None)
 
 
-def load_checkpoint(
-    run: RunFolder, parts: Mapping[str, CheckpointPart], order: TrainingOrder, fitted: FittedRun
-) -> int:
+def load_checkpoint(run: RunFolder, parts: Mapping[str, CheckpointPart], order: ClipOrder, fitted: FittedRun) -> int:
     """Fill weights, optimizer and all other parts from the checkpoint.
 
     Returns: the next step; 0 where the run begins anew.
@@ -66,7 +64,7 @@ def load_checkpoint(
 
 
 def checkpoint_info(
-    fitted: FittedRun, cache: Cache, order: TrainingOrder, step: int, files: Mapping[str, FileDigest]
+    fitted: FittedRun, cache: Cache, order: ClipOrder, step: int, files: Mapping[str, FileDigest]
 ) -> CheckpointInfo:
     """checkpoint.json: what the model is and what it was trained on."""
     config = fitted.config

@@ -3,6 +3,7 @@
 tokens_per_s      text and video tokens of all ranks, over the step's seconds
 mfu               model FLOPs over what all devices could do in that time (model_flops.py); absent without a peak
 data_wait_s       of the rank that waited longest for its batch, and data_wait_share, its part of the step
+clips, pack_fill  with packs: clips of the step, and the share of its packs' budget that tokens fill
 memory_gb         the most that was in use on any rank so far, 10^9 bytes: of a CUDA device what torch allocated,
                   else of the process
 slowest_rank      with several ranks: the one whose wait for data and forward took longest, slowest_rank_s, and
@@ -35,6 +36,7 @@ class StepMeter:
         self._sizes = transformer_sizes(config.model.transformer)
         self._layout = layout
         self._fuser = fuser
+        self._tokens_per_pack = config.data.tokens_per_pack
         self._device = parallel.device
         self._peak_tflops = device_peak_tflops(parallel.device, config.run.precision, config.run.peak_tflops)
 
@@ -63,6 +65,7 @@ class StepMeter:
             "step": batch.step,
             "epoch": batch.epoch,
             "bucket": batch.bucket,
+            **self._pack_figures(batch, report),
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "lr": rates["dit"],
@@ -82,6 +85,12 @@ class StepMeter:
             figures["slowest_rank"] = own_s.index(max(own_s))
             figures["slowest_rank_s"], figures["fastest_rank_s"] = max(own_s), min(own_s)
         return figures
+
+    def _pack_figures(self, batch: TrainingBatch, report: StepReport) -> Figures:
+        if self._tokens_per_pack is None:
+            return {}
+        budget = self._tokens_per_pack * len(batch.packs) * len(report.ranks)
+        return {"clips": batch.step_clips, "pack_fill": sum(load.tokens for load in report.loads) / budget}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from mimir_train.bad_samples import MAX_ATTEMPTS
 from mimir_train.batch_reader import BatchReader, HostBatch, PendingBatch, TensorRequest
 from mimir_train.cache_reader import Cache
 from mimir_train.config import OnBadSample, VerifyReads
-from mimir_train.order import TrainingOrder
+from mimir_train.order import ClipOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class StepBatch:
     step: int
     epoch: int
     bucket: str
+    """That of all its clips; `order.PACKED` where they are of several."""
+    num_clips: int
+    """Of the step over all ranks."""
+    parts: tuple[range, ...]
+    """The positions in the global batch of its packs; of clips of one bucket, one range."""
     numbers: tuple[int, ...]
     """Of its clips in the index, in the order of their positions."""
     attempts: tuple[int, ...]
@@ -50,8 +55,14 @@ class _Share:
     step: int
     epoch: int
     bucket: str
+    buckets: tuple[str, ...]
+    parts: tuple[range, ...]
     attempts: tuple[int, ...]
     numbers: tuple[int, ...]
+
+    @property
+    def first_position(self) -> int:
+        return self.parts[0].start
 
 
 class StepReader:
@@ -60,26 +71,29 @@ class StepReader:
     def __init__(
         self,
         cache: Cache,
-        order: TrainingOrder,
+        order: ClipOrder,
         requests: Sequence[TensorRequest],
-        positions: Sequence[int],
         options: ReadOptions,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
         variants: VariantChoice | None = None,
     ) -> None:
         """
         Args:
-            positions: of the global batch, those that this rank reads.
+            rank: whose share of each step is read.
             variants: which of a request's variants is read of a clip; None: the first.
         """
         self._variants = variants or VariantChoice()
         self._cache = cache
         self._order = order
-        self._positions = tuple(positions)
+        self._rank = rank
+        self._world_size = world_size
         self._options = options
         self.reader = BatchReader(
             cache,
             requests,
-            batch_size=len(self._positions),
+            batch_size=order.most_clips(world_size),
             num_threads=options.threads,
             pinned=options.pinned,
             borrow=options.borrow,
@@ -120,9 +134,13 @@ class StepReader:
         return job is not None and job.is_finished
 
     def _share(self, step: int) -> _Share:
-        part = self._order.batch(step, self._positions)
-        numbers = tuple(self._cache.clip_number(part.bucket, place) for place in part.places)
-        return _Share(step=step, epoch=part.epoch, bucket=part.bucket, attempts=(0,) * len(numbers), numbers=numbers)
+        parts = tuple(self._order.parts(step, self._rank, self._world_size))
+        part = self._order.batch(step, range(parts[0].start, parts[-1].stop))
+        numbers = tuple(map(self._cache.clip_number, part.buckets, part.places))
+        return _Share(
+            step=step, epoch=part.epoch, bucket=part.bucket, buckets=part.buckets, parts=parts,
+            attempts=(0,) * len(numbers), numbers=numbers,
+        )  # fmt: skip
 
     def _start(self, share: _Share) -> tuple[_Share, PendingBatch]:
         verify = self._options.verify == "always" or (self._options.verify == "first-epoch" and share.epoch == 0)
@@ -154,8 +172,8 @@ class StepReader:
         attempts, numbers = list(share.attempts), list(share.numbers)
         for part in faults:
             attempts[part] += 1
-            place = self._order.substitute(share.step, self._positions[part], attempts[part])
-            numbers[part] = self._cache.clip_number(share.bucket, place)
+            place = self._order.substitute(share.step, share.first_position + part, attempts[part])
+            numbers[part] = self._cache.clip_number(share.buckets[part], place)
         return replace(share, attempts=tuple(attempts), numbers=tuple(numbers))
 
     def _batch(self, share: _Share, pending: PendingBatch) -> StepBatch:
@@ -163,6 +181,8 @@ class StepReader:
             step=share.step,
             epoch=share.epoch,
             bucket=share.bucket,
+            num_clips=self._order.num_clips(share.step),
+            parts=share.parts,
             numbers=share.numbers,
             attempts=share.attempts,
             host=pending.tensors(),

@@ -7,6 +7,7 @@ request to stop that reached one.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from itertools import accumulate
 
 from mimir_shared.clip_table import Clip
 from mimir_shared.errors import NonFiniteLossError
@@ -84,18 +85,25 @@ class StepReport:
         return any(rank.save_failed for rank in self.ranks)
 
 
-def exchange(parallel: Parallel, own: RankReport) -> StepReport:
-    """Tell all ranks of this rank's step, and learn of theirs."""
+def exchange(parallel: Parallel, own: RankReport, most_clips: int) -> StepReport:
+    """Tell all ranks of this rank's step, and learn of theirs.
+
+    Args:
+        most_clips: that any rank has in any step: with packs some have fewer, and all must say equally much.
+    """
     count = len(own.clip_losses)
+    unused = [0.0] * (most_clips - count)
     flags = (float(own.stop_requested), float(own.save_failed))
-    rows = parallel.gather([*own.clip_losses, *own.attempts, own.grad_norm, *flags, *astuple(own.load)])
-    return StepReport(tuple(_parse(row, count) for row in rows))
+    rows = parallel.gather(
+        [*own.clip_losses, *unused, *own.attempts, *unused, count, own.grad_norm, *flags, *astuple(own.load)]
+    )
+    return StepReport(tuple(_parse(row, most_clips) for row in rows))
 
 
-def _parse(row: Sequence[float], count: int) -> RankReport:
+def _parse(row: Sequence[float], most_clips: int) -> RankReport:
     """One rank's report from its numbers, in the order in which `exchange` gives them."""
-    clip_losses, attempts, rest = row[:count], row[count : 2 * count], row[2 * count :]
-    grad_norm, stop_requested, save_failed, *load = rest
+    count, grad_norm, stop_requested, save_failed, *load = row[2 * most_clips :]
+    clip_losses, attempts = row[: int(count)], row[most_clips : most_clips + int(count)]
     tokens, model_flops, data_wait_s, forward_s, memory_bytes = load
     return RankReport(
         clip_losses=tuple(clip_losses),
@@ -123,14 +131,15 @@ def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[Seque
     if finite:
         return
     clips = find_clips(report.attempts)
-    share = len(clips) // len(report.ranks)
+    ends = list(accumulate(len(rank.clip_losses) for rank in report.ranks))
+    clips_of = [clips[end - len(rank.clip_losses) : end] for rank, end in zip(report.ranks, ends, strict=True)]
     advice = (
         "stopped before the optimizer's step, so the last checkpoint is good. Look at the clips with `mimir-precompute "
         "inspect CACHE KEY`; if nothing is wrong with them, lower the learning rates in a new run that starts with "
         "--resume-from-checkpoint at a checkpoint of this one"
     )
     bad = [
-        f"{loss} on rank {number} for clip {clips[number * share + i]}"
+        f"{loss} on rank {number} for clip {clips_of[number][i]}"
         for number, rank in enumerate(report.ranks)
         for i, loss in enumerate(rank.clip_losses)
         if not math.isfinite(loss)
@@ -138,7 +147,7 @@ def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[Seque
     if bad:
         raise NonFiniteLossError(f"step {step}: the loss is {_some(bad)}; {advice}")
     number = next(n for n, rank in enumerate(report.ranks) if not math.isfinite(rank.grad_norm))
-    own_clips = [str(clip) for clip in clips[number * share : (number + 1) * share]]
+    own_clips = [str(clip) for clip in clips_of[number]]
     raise NonFiniteLossError(
         f"step {step}: the norm of the gradient is {report.ranks[number].grad_norm} on rank {number}, though losses "
         f"are all finite; its clips: {_some(own_clips)}; {advice}"

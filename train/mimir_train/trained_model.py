@@ -1,5 +1,6 @@
 """The model that is trained, transformer and fuser as one module, and what one micro-batch costs it."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -37,11 +38,16 @@ class TrainedModel(nn.Module):
         return self.fuser.config
 
     def forward(
-        self, noisy_latents: Tensor, text: TextFeatures, timesteps: Tensor, *, append_stabilizer: bool
-    ) -> Tensor:
-        """(B, C, T, h, w) noisy latents and the text of B clips → predicted v, (B, C, T, h, w)."""
+        self,
+        noisy_latents: Tensor | Sequence[Tensor],
+        text: TextFeatures,
+        timesteps: Tensor,
+        *,
+        append_stabilizer: bool,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Noisy latents (B, C, T, h, w), or a pack of B clips (C, T, h, w), and the text of the B → predicted v."""
         condition_tokens = self.fuser(text.t5_embeds, text.llm, append_stabilizer=append_stabilizer)  # (B, L+K, D)
-        v_prediction: Tensor = self.dit(noisy_latents, condition_tokens, timesteps)
+        v_prediction: Tensor | tuple[Tensor, ...] = self.dit(noisy_latents, condition_tokens, timesteps)
         return v_prediction
 
 
@@ -51,7 +57,6 @@ class Objective:
 
     schedule: NoiseSchedule
     seed: int
-    global_batch_size: int
     latent_scaling_factor: float
     text_dropout: float
     empty_text: TextFeatures | None
@@ -64,8 +69,9 @@ class Objective:
 
 
 def draw_latents(objective: Objective, batch: TrainingBatch) -> Tensor:
-    """The clean latents of a batch, sampled anew at every step where the cache holds moments; float32."""
+    """The clean latents of clips of one size, sampled anew at every step where the cache holds moments; float32."""
     stored = batch.latents  # (B, 2C, T, h, w) or (B, C, T, h, w)
+    assert isinstance(stored, Tensor), "a pack"
     if batch.holds_moments:
         shape = (stored.shape[1] // 2, *stored.shape[2:])
         noise = keyed_normal("posterior", objective.seed, batch.step, batch.positions, shape, stored.device)
@@ -73,19 +79,33 @@ def draw_latents(objective: Objective, batch: TrainingBatch) -> Tensor:
     return scale_latents(stored, objective.latent_scaling_factor)
 
 
+def add_noise(objective: Objective, batch: TrainingBatch, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """The noisy latents of clips of one size and what is to be predicted of them: (B, C, T, h, w) float32 each."""
+    latents = draw_latents(objective, batch)  # (B, C, T, h, w)
+    noise = keyed_normal("noise", objective.seed, batch.step, batch.positions, latents.shape[1:], latents.device)
+    schedule = objective.schedule
+    return schedule.add_noise(latents, noise, timesteps), schedule.v_target(latents, noise, timesteps)
+
+
 def clip_losses(model: nn.Module, fuser: FuserConfig, objective: Objective, batch: TrainingBatch) -> Tensor:
-    """The v-loss of each clip of a micro-batch: (B,) float32. All draws follow from (seed, step, position).
+    """The v-loss of each clip of a micro-batch or pack: (B,) float32. All draws follow from (seed, step, position).
+
+    Each is a mean over the clip's own values: a clip counts alike however long it is, and a pack has the losses that
+    its clips have alone.
 
     Args:
-        model: a TrainedModel, or what `Parallel.wrap` made of it.
+        model: a TrainedModel, or what wraps it.
     """
-    device, seed, step, positions = batch.latents.device, objective.seed, batch.step, batch.positions
-    latents = draw_latents(objective, batch)  # (B, C, T, h, w)
-    noise = keyed_normal("noise", seed, step, positions, latents.shape[1:], device)
-    timesteps = sample_timesteps(seed, step, positions, objective.global_batch_size).to(device)  # (B,)
+    seed, step, positions = objective.seed, batch.step, batch.positions
+    timesteps = sample_timesteps(seed, step, positions, batch.step_clips).to(batch.device)  # (B,)
     dropped = sample_text_dropout(seed, step, positions, objective.text_dropout)  # (B,)
     text = drop_text(batch.text, dropped, objective.empty_text)
-    noisy_latents = objective.schedule.add_noise(latents, noise, timesteps)
-    with objective.autocast(device):
+    parts = batch.of_one_size()
+    timesteps_of_parts = timesteps.split([len(part.clips) for part in parts])  # type: ignore[no-untyped-call]
+    drawn = [add_noise(objective, part, of_part) for part, of_part in zip(parts, timesteps_of_parts, strict=True)]
+    noisy_latents = [noisy[0] for noisy, _ in drawn] if batch.packs else drawn[0][0]
+    with objective.autocast(batch.device):
         v_prediction = model(noisy_latents, text, timesteps, append_stabilizer=fuser.appends_stabilizer(step))
-    return v_loss(v_prediction, objective.schedule.v_target(latents, noise, timesteps))
+    if not batch.packs:
+        return v_loss(v_prediction, drawn[0][1])
+    return torch.cat([v_loss(of_clip[None], target) for of_clip, (_, target) in zip(v_prediction, drawn, strict=True)])

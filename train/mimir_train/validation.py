@@ -9,9 +9,9 @@ from torch import Tensor
 from mimir_shared.errors import NonFiniteLossError
 from mimir_train.batch import FeatureLayout, TrainingBatch, read_batch
 from mimir_train.cache_reader import Cache
-from mimir_train.objective import NUM_TRAIN_TIMESTEPS, keyed_normal, v_loss
+from mimir_train.objective import NUM_TRAIN_TIMESTEPS, v_loss
 from mimir_train.parallel import Parallel
-from mimir_train.trained_model import Objective, TrainedModel, draw_latents
+from mimir_train.trained_model import Objective, TrainedModel, add_noise
 
 QUANTILES: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Of the timesteps; CogVideoX reports its losses at these (table 9)."""
@@ -96,6 +96,7 @@ def _read(validation: ValidationSet, group: tuple[tuple[int, int], ...]) -> Trai
         bucket=clips[0].bucket,
         clips=clips,
         positions=tuple(position for position, _ in group),
+        step_clips=validation.num_clips,
         latents=latents,
         holds_moments=validation.layout.latents == "vae_moments",
         text=text,
@@ -104,12 +105,9 @@ def _read(validation: ValidationSet, group: tuple[tuple[int, int], ...]) -> Trai
 
 def _losses(model: TrainedModel, objective: Objective, batch: TrainingBatch, timestep: int, step: int) -> Tensor:
     """(B,) at one timestep, the text never dropped."""
-    device = batch.latents.device
-    latents = draw_latents(objective, batch)  # (B, C, T, h, w)
-    noise = keyed_normal("noise", objective.seed, _STEP, batch.positions, latents.shape[1:], device)
-    timesteps = torch.full((len(batch.clips),), timestep, device=device)
-    noisy_latents = objective.schedule.add_noise(latents, noise, timesteps)
+    timesteps = torch.full((len(batch.clips),), timestep, device=batch.device)
+    noisy_latents, v_target = add_noise(objective, batch, timesteps)
     append_stabilizer = model.fuser_config.appends_stabilizer(step)
-    with objective.autocast(device):
+    with objective.autocast(batch.device):
         v_prediction = model(noisy_latents, batch.text, timesteps, append_stabilizer=append_stabilizer)
-    return v_loss(v_prediction, objective.schedule.v_target(latents, noise, timesteps))
+    return v_loss(v_prediction, v_target)
