@@ -66,9 +66,7 @@ class Disk:
         library = ctypes.CDLL(None, use_errno=True)
         if hasattr(library, "renameat2"):
             names = (os.fsencode(source), os.fsencode(target))
-            if library.renameat2(FULL = {errno.ENOSPC, errno.EDQUOT}
-_AT_FDCWD, names[0], FULL = {errno.ENOSPC, errno.EDQUOT}
-_AT_FDCWD, names[1], _RENAME_NOREPLACE) == 0:
+            if library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE) == 0:
                 return
             if ctypes.get_errno() == errno.EEXIST:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
