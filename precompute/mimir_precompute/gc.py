@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-from mimir_precompute.lease import all_leases, read_lease, take_over
+from mimir_precompute.lease import all_leases, take_over
+from mimir_precompute.seen_lease import read_lease
 from mimir_shared.errors import CacheError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.found_file import FoundFile
-from mimir_shared.layout import lease_name, parse_record_name
+from mimir_shared.layout import lease_name, parse_record_name, second_lease_name
 from mimir_shared.snapshot import Snapshot, list_snapshots
 from mimir_shared.storage import machine_faults
 from mimir_shared.storage_protocol import Storage
@@ -167,7 +168,8 @@ class _Collector:
                 yield _garbage("snapshot", file)
 
     def _may_touch(self, folder: FeatureFolder, shard: int) -> bool:
-        return lease_name(folder.feature, folder.fingerprint, shard) not in self._leased
+        names = {named(folder.feature, folder.fingerprint, shard) for named in (lease_name, second_lease_name)}
+        return names.isdisjoint(self._leased)
 
     def _is_old(self, file: FoundFile) -> bool:
         return self._now_s - file.modified_s > self._grace_s

@@ -3,98 +3,38 @@
 A lease is a small file that its owner keeps touching. It only saves work: two workers that make the same shard
 cost time, never a wrong cache, for the commit record has one author whatever the leases say. So a lease
 may be wrong (a worker sleeps, a clock jumps), and it is enough that this is rare.
+
+For the same reason an idle worker may make a shard once more that another one has had for much longer than shards
+take: the first commit wins, and one slow machine does not hold up all others at the end.
 """
 
 import contextlib
 import json
-import os
 import random
-import socket
+import statistics
 import threading
-import uuid
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Final, Self
 
+from mimir_precompute.seen_lease import HEARTBEAT_S, LeaseOwner, SeenLease, read_lease, this_process
 from mimir_precompute.termination import when_stopped
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import FEATURES
-from mimir_shared.layout import lease_directory, lease_name
-from mimir_shared.lease_store import HeldLease, LeaseStore, StoredLease
-from mimir_shared.plain_documents import parse_json
-from mimir_shared.process_identity import life_of, process_domain
+from mimir_shared.layout import lease_directory, lease_name, second_lease_name
+from mimir_shared.lease_store import HeldLease, LeaseStore
 from mimir_shared.storage import machine_faults
 
-HEARTBEAT_S: Final = 20.0
-TTL_HEARTBEATS: Final = 6
-"""A lease that was not touched for so many heartbeats may be taken over."""
 _EXAMINED_AT_ONCE: Final = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeaseOwner:
-    """Who has a lease: what is written into it. The fields are empty where its content is not whole yet."""
-
-    host: str = ""
-    domain: str = ""
-    pid: int = 0
-    token: str = ""
-    """Of one `Leases`: a process may have several, one after the other."""
-    ttl_s: float = HEARTBEAT_S * TTL_HEARTBEATS
-    """The owner touches it much more often than this."""
-
-
-def this_process(heartbeat_s: float) -> LeaseOwner:
-    """An owner that touches its leases every `heartbeat_s`."""
-    return LeaseOwner(
-        host=socket.gethostname(),
-        domain=process_domain(),
-        pid=os.getpid(),
-        token=uuid.uuid4().hex,
-        ttl_s=heartbeat_s * TTL_HEARTBEATS,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeenLease:
-    """A lease as found in the cache, and whose it is."""
-
-    stored: StoredLease
-    owner: LeaseOwner
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether the owner ran on this machine and certainly does not any more."""
-        return self.owner.pid > 0 and life_of(self.owner.domain, self.owner.pid) == "dead"
-
-    def is_stale(self, now_s: float) -> bool:
-        """Whether its owner is dead, or has not touched it for long.
-
-        A time far ahead is stale too: the storage's clock was set back, and no heartbeat has come since.
-
-        Args:
-            now_s: by the clock of the storage.
-        """
-        return self.is_dead or abs(now_s - self.stored.touched_s) > self.owner.ttl_s
-
-
-def read_lease(store: LeaseStore, name: str) -> SeenLease | None:
-    """None where there is no such lease (any more)."""
-    stored = store.read(name)
-    if stored is None:
-        return None
-    try:
-        return SeenLease(stored=stored, owner=LeaseOwner(**parse_json(stored.owner)))
-    except (ValueError, TypeError):
-        return SeenLease(stored=stored, owner=LeaseOwner())
+SLOW_MEDIANS: Final = 2.0
+"""A shard that was leased for so many times what this worker takes for one, in the median, may be made once more."""
+_FEWEST_MEASURED: Final = 3
+"""Shards that a worker must have made before it knows how long one takes."""
 
 
 def all_leases(store: LeaseStore) -> Iterator[SeenLease]:
@@ -125,16 +65,21 @@ class Leases:
         heartbeat_s: float = HEARTBEAT_S,
         owner: LeaseOwner | None = None,
         beats: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Hold nothing yet.
 
         Args:
             owner: who holds them; None: this process.
             beats: whether a thread touches them every `heartbeat_s`; without it, whoever has them calls `touch`.
+            clock: seconds since any moment.
         """
         self.store = store
+        self.clock = clock
         self._heartbeat_s = heartbeat_s
-        self._owner = json.dumps(asdict(owner or this_process(heartbeat_s))).encode()
+        self._owner = owner or this_process(heartbeat_s)
+        self._behind_s: float | None = None
+        """What the storage's clock shows when `clock` shows 0; asked for once."""
         self._beats = beats
         self._held: dict[str, HeldLease] = {}
         self._folders: set[str] = set()
@@ -156,7 +101,10 @@ class Leases:
         """Take a lease that nobody has; False where somebody has it. Raises MachineError."""
         self._folders |= {str(folder) for folder in PurePosixPath(name).parents if folder.name}
         with machine_faults(f"{self.store.root}/{name}: taking the lease"):
-            held = self.store.create(name, self._owner)
+            if self._behind_s is None:
+                self._behind_s = self.store.now_s() - self.clock()
+            owner = replace(self._owner, taken_s=round(self._behind_s + self.clock(), 3))
+            held = self.store.create(name, json.dumps(asdict(owner)).encode())
         if held is None:
             return False
         with self._lock:
@@ -263,24 +211,35 @@ class ShardClaims:
         self._store = leases.store
         self._random = choose or random.Random()
         self._closed = threading.Event()
+        self._claimed_s: dict[int, float] = {}
+        """When each shard that is claimed here and not finished was claimed."""
+        self._taken_s: list[float] = []
+        """How long this worker took for each shard, from the claim to the commit."""
 
     def next(self) -> int | None:
         """Claim a shard that is neither committed nor leased by another living worker.
 
-        Blocks while only shards that others hold are left.
+        Where there is none, one that another worker has had for much longer than this one takes; a shard is made twice
+        at once, and never three times. Blocks while only shards that others hold are left.
 
         Returns: None when every shard is committed, or claimed here and not yet `finished`; and after `close`.
         Raises: InputError where a shard lacks what it is made from, and nobody is making that.
         """
-        pause_s = min(0.05, self._poll_s)
+        pauses_s = self.pauses_s()
         told = False
         while isinstance(found := self.attempt(), Waiting):
             if not told:
                 self._say(f"{self._folder.feature}: waiting for {found.num_left} shards that other workers hold")
                 told = True
-            self._closed.wait(pause_s * self._random.uniform(0.5, 1.5))
-            pause_s = min(pause_s * 2, self._poll_s)
+            self._closed.wait(next(pauses_s))
         return found
+
+    def pauses_s(self) -> Iterator[float]:
+        """How long to wait between one `attempt` and the next: longer and longer, and never as long as others do."""
+        pause_s = min(0.05, self._poll_s)
+        while True:
+            yield pause_s * self._random.uniform(0.5, 1.5)
+            pause_s = min(pause_s * 2, self._poll_s)
 
     def attempt(self) -> int | Waiting | None:
         """As `next`, but it says that it would wait instead of waiting."""
@@ -294,31 +253,44 @@ class ShardClaims:
                     if not self._uncommitted([shard]):
                         self._leases.drop(self._lease(shard))
                         continue
+                    self._claimed_s[shard] = self._leases.clock()
                     return shard
             if not ready:
                 if free and len(free) == len(left):
                     self._check_needs(free)
-                if not self._take_over_stale(self._folder, leased & set(left)):
-                    return Waiting(len(left))
+                seen, now_s = self._examine(self._folder, leased & set(left))
+                if not self._take_over_stale(seen, now_s):
+                    again = self._claim_again(seen, now_s)
+                    return Waiting(len(left)) if again is None else again
         return None
 
     def finished(self, shard: int) -> None:
         """Drop the lease of a shard: it is committed, or it is given up."""
-        self._leases.drop(self._lease(shard))
+        claimed_s = self._claimed_s.pop(shard, None)
+        if claimed_s is not None:
+            self._taken_s.append(self._leases.clock() - claimed_s)
+        self._drop(shard)
 
     def close(self) -> None:
         """Drop what is still claimed, and end a wait in `next`. May be called twice."""
         self._closed.set()
         for shard in self._shards:
-            self._leases.drop(self._lease(shard))
+            self._drop(shard)
 
     def _lease(self, shard: int) -> str:
         return lease_name(self._folder.feature, self._folder.fingerprint, shard)
 
+    def _second_lease(self, shard: int) -> str:
+        return second_lease_name(self._folder.feature, self._folder.fingerprint, shard)
+
+    def _drop(self, shard: int) -> None:
+        self._leases.drop(self._lease(shard))
+        self._leases.drop(self._second_lease(shard))
+
     def _left(self) -> list[int]:
         if self._closed.is_set():
             return []
-        return [s for s in self._uncommitted(self._shards) if not self._leases.holds(self._lease(s))]
+        return [shard for shard in self._uncommitted(self._shards) if shard not in self._claimed_s]
 
     def _uncommitted(self, shards: Iterable[int]) -> list[int]:
         newest = self._folder.generations()
@@ -327,9 +299,7 @@ class ShardClaims:
     def _leased(self, folder: FeatureFolder) -> set[int]:
         names = self._store.list(lease_directory(folder.feature, folder.fingerprint))
         found = {int(name) for name in names if name.isdecimal()}
-        if folder is self._folder:
-            found -= {shard for shard in found if self._leases.holds(self._lease(shard))}
-        return found
+        return found - self._claimed_s.keys() if folder is self._folder else found
 
     def _in_my_order(self, shards: list[int], *, alone: bool) -> Iterable[int]:
         # Workers that start together begin at different places; one that is alone goes from the first on.
@@ -349,20 +319,45 @@ class ShardClaims:
             lacking = [shard for shard in shards if shard not in made]
             leased = self._leased(folder) & set(lacking)
             if leased:
-                self._take_over_stale(folder, leased)
+                self._take_over_stale(*self._examine(folder, leased))
             elif lacking and not self._needs_will_come:
                 raise InputError(
                     f"{self._folder.storage.root}: shard {lacking[0]} has no `{folder.feature}` yet, from which "
                     f"`{self._folder.feature}` is made; encode both: --features {folder.feature},{self._folder.feature}"
                 )
 
-    def _take_over_stale(self, folder: FeatureFolder, leased: set[int]) -> bool:
-        """Free stale leases among some of these, chosen by chance so that idle workers do not all ask for all."""
+    def _examine(self, folder: FeatureFolder, leased: set[int]) -> tuple[dict[int, SeenLease | None], float]:
+        """Look at some of these leases, chosen by chance so that idle workers do not all ask for all.
+
+        Returns: shard → its lease, None where that is gone by now; and the storage's time.
+        """
         chosen = self._random.sample(sorted(leased), min(len(leased), _EXAMINED_AT_ONCE))
-        names = [lease_name(folder.feature, folder.fingerprint, shard) for shard in chosen]
-        seen = [lease for lease in (read_lease(self._store, name) for name in names) if lease is not None]
-        now_s = self._store.now_s() if seen else 0.0
-        stale = [lease for lease in seen if lease.is_stale(now_s)]
+        seen = {
+            shard: read_lease(self._store, lease_name(folder.feature, folder.fingerprint, shard)) for shard in chosen
+        }
+        return seen, self._store.now_s() if any(seen.values()) else 0.0
+
+    def _take_over_stale(self, seen: Mapping[int, SeenLease | None], now_s: float) -> bool:
+        """Free what is stale; whether anything is free now that was not before."""
+        stale = [lease for lease in seen.values() if lease is not None and lease.is_stale(now_s)]
         for lease in stale:
             take_over(self._store, lease)
-        return bool(stale) or len(seen) < len(names)
+        return bool(stale) or None in seen.values()
+
+    def _claim_again(self, seen: Mapping[int, SeenLease | None], now_s: float) -> int | None:
+        """A shard that a living worker has had for too long, to be made once more; None where there is none."""
+        if len(self._taken_s) < _FEWEST_MEASURED:
+            return None
+        since_s = now_s - SLOW_MEDIANS * statistics.median(self._taken_s)
+        slow = [(lease.owner.taken_s, shard) for shard, lease in seen.items() if lease is not None]
+        for _, shard in sorted(one for one in slow if 0 < one[0] < since_s):
+            if self._leases.take(self._second_lease(shard)):
+                if self._uncommitted([shard]):
+                    self._claimed_s[shard] = self._leases.clock()
+                    return shard
+                self._leases.drop(self._second_lease(shard))
+                continue
+            second = read_lease(self._store, self._second_lease(shard))
+            if second is not None and second.is_stale(now_s):
+                take_over(self._store, second)
+        return None

@@ -16,7 +16,7 @@ from mimir_precompute.data_format import choose_format, refuse_other_format
 from mimir_precompute.drift import refuse_other_identity
 from mimir_precompute.empty_prompt import lacks_empty_prompt, publish_empty, require_answers
 from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
-from mimir_precompute.lease import HEARTBEAT_S, Leases, ShardClaims
+from mimir_precompute.lease import Leases, ShardClaims
 from mimir_precompute.overlap import Channel, Crew
 from mimir_precompute.plan import geometry_of
 from mimir_precompute.prepare import (
@@ -35,6 +35,7 @@ from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.quarantine import refuse_large_share, refuse_mass_loss, unusable_clips
 from mimir_precompute.remake import Remake, Remaking
+from mimir_precompute.seen_lease import HEARTBEAT_S
 from mimir_precompute.shard_writer import ShardWriter
 from mimir_precompute.together import SharedWork
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec

@@ -6,6 +6,8 @@ from mimir_shared.features import FeatureName
 
 FINGERPRINT_DIGITS = 12
 
+_RECORD_NAME = re.compile(r"(\d{6,})\.(\d+)\.parquet")
+
 
 def plan_name(index: int) -> str:
     return f"plan/{index:04d}.parquet"
@@ -37,7 +39,7 @@ def record_name(shard: int, generation: int) -> str:
 
 def parse_record_name(name: str) -> tuple[int, int] | None:
     """(shard, generation) of a file name in manifests/; None for any other file."""
-    match = re.fullmatch(r"(\d{6,})\.(\d+)\.parquet", name)
+    match = _RECORD_NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -53,6 +55,11 @@ def lease_directory(feature: FeatureName, fingerprint: str) -> str:
 def lease_name(feature: FeatureName, fingerprint: str, shard: int) -> str:
     """Of the file by which a worker tells the others that it is making a shard."""
     return f"{lease_directory(feature, fingerprint)}/{shard:06d}"
+
+
+def second_lease_name(feature: FeatureName, fingerprint: str, shard: int) -> str:
+    """Of the file by which a worker says that it makes a shard too, which another one has had for long."""
+    return f"{lease_name(feature, fingerprint, shard)}.again"
 
 
 def snapshot_directory(digest: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from mimir_precompute.verify import verify_cache
 from mimir_shared import failpoints
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureFolder, find_features
-from mimir_shared.layout import lease_name
+from mimir_shared.features import FeatureName
+from mimir_shared.layout import lease_name, second_lease_name
 from mimir_shared.manifest import write_record
 from mimir_shared.storage import LocalStorage
 from tests.conftest import REPOSITORY
@@ -95,13 +97,16 @@ def test_data_whose_temporary_file_is_still_there_stay_however_old(storage: Loca
     assert removed(storage) == [f"data {name}"]
 
 
-def test_data_of_a_shard_that_a_living_worker_has_leased_stay(storage: LocalStorage) -> None:
+@pytest.mark.parametrize("named", [lease_name, second_lease_name])
+def test_data_of_a_shard_that_a_living_worker_has_leased_stay(
+    storage: LocalStorage, named: Callable[[FeatureName, str, int], str]
+) -> None:
     folder = find_features(storage)[1]
     name = f"{folder.directory}/data/000001-{8 * 'a'}.tar"
     storage.create(name, b"to be named soon")
     make_old(storage.root)
     with Leases(storage.lease_store()) as leases:
-        assert leases.take(lease_name(folder.feature, folder.fingerprint, 1))
+        assert leases.take(named(folder.feature, folder.fingerprint, 1))
         assert removed(storage) == []
     assert removed(storage) == [f"data {name}"]
 

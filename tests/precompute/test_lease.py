@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mimir_precompute.lease import LeaseOwner, Leases, ShardClaims, Waiting, read_lease, take_over
+from mimir_precompute.lease import Leases, ShardClaims, Waiting, take_over
+from mimir_precompute.seen_lease import LeaseOwner, read_lease
 from mimir_precompute.termination import _endings
 from mimir_shared import failpoints
 from mimir_shared.disk import Disk
@@ -269,3 +270,85 @@ def test_what_a_worker_would_wait_for_can_be_asked_without_waiting(storage: Stor
         commit(folder, 1)
         assert claims.attempt() is None
         claims.close()
+
+
+class OwnClock:
+    """A worker's clock, which its test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make_three_shards(claims: ShardClaims, folder: FeatureFolder, clock: OwnClock, *, unit_s: float = 10.0) -> None:
+    """Give a worker some experience, of three shards that are free."""
+    for _ in range(3):
+        shard = claims.attempt()
+        assert isinstance(shard, int)
+        clock.now_s += unit_s
+        commit(folder, shard)
+        claims.finished(shard)
+
+
+def write_slow_lease(storage: Storage, shard: int, *, held_s: float) -> None:
+    """Of a living worker elsewhere that has had the shard for so long."""
+    owner = {"host": "elsewhere", "domain": "another boot", "pid": 1, "token": "slow"}
+    document = {**owner, "taken_s": storage.now_s() - held_s}
+    assert storage.lease_store().create(name_of(shard), json.dumps(document).encode()) is not None
+
+
+def test_an_idle_worker_makes_once_more_what_another_has_had_for_long(storage: Storage, folder: FeatureFolder) -> None:
+    write_slow_lease(storage, 3, held_s=15)
+    write_slow_lease(storage, 4, held_s=30)
+    clock, others_clock = OwnClock(), OwnClock()
+    with (
+        Leases(storage.lease_store(), clock=clock) as mine,
+        Leases(storage.lease_store(), clock=others_clock) as others,
+    ):
+        claims, others_claims = ShardClaims(folder, range(5), mine), ShardClaims(folder, range(3, 8), others)
+        make_three_shards(claims, folder, clock)
+        assert claims.attempt() == 4
+        # twice at once and not three times; 3 was not held for long enough
+        assert claims.attempt() == Waiting(1)
+        make_three_shards(others_claims, folder, others_clock)
+        assert others_claims.attempt() == Waiting(2)
+        commit(folder, 4)
+        claims.finished(4)
+        assert storage.list(f"leases/t5/{FINGERPRINT}") == ["000003", "000004"]
+        assert claims.attempt() == Waiting(1)
+
+
+def test_a_worker_that_does_not_know_how_long_a_shard_takes_waits(storage: Storage, folder: FeatureFolder) -> None:
+    write_slow_lease(storage, 0, held_s=HOUR_S)
+    with Leases(storage.lease_store()) as leases:
+        assert ShardClaims(folder, (0,), leases).attempt() == Waiting(1)
+
+
+def test_a_second_copy_whose_maker_died_is_made_by_the_next(storage: Storage, folder: FeatureFolder) -> None:
+    write_slow_lease(storage, 3, held_s=30)
+    dead = {"host": "here", "domain": process_domain(), "pid": dead_pid(), "token": "dead"}
+    assert storage.lease_store().create(f"{name_of(3)}.again", json.dumps(dead).encode()) is not None
+    clock = OwnClock()
+    with Leases(storage.lease_store(), clock=clock) as leases:
+        claims = ShardClaims(folder, range(4), leases)
+        make_three_shards(claims, folder, clock)
+        assert claims.attempt() == Waiting(1)
+        assert claims.attempt() == 3
+
+
+def test_a_lease_says_when_it_was_taken_by_the_storages_clock(storage: Storage) -> None:
+    clock = OwnClock()
+    with Leases(storage.lease_store(), clock=clock) as leases:
+        began_s = storage.now_s()
+        leases.take(name_of(0))
+        clock.now_s += 40
+        leases.take(name_of(1))
+        taken_s = []
+        for shard in range(2):
+            seen = read_lease(storage.lease_store(), name_of(shard))
+            assert seen is not None
+            taken_s.append(seen.owner.taken_s)
+        assert taken_s[1] - taken_s[0] == pytest.approx(40)
+        assert began_s - 1 <= taken_s[0] <= storage.now_s() + 1
