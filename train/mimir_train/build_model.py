@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mimir_train.block_execution import set_block_execution
 from mimir_train.fit import FittedRun
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
@@ -43,6 +44,9 @@ def build_model(fitted: FittedRun, parallel: Parallel, *, filled_later: bool) ->
         model = TrainedModel(DiT(fitted.initial.config), TokenFuser(fitted.fuser))
     if fitted.initial.folder is not None:
         check_weights(fitted.initial.folder, model.dit)
+    set_block_execution(
+        model.dit, checkpointing=config.parallel.activation_checkpointing, compiled=config.parallel.compile
+    )
     sharing = settle_sharing(config.parallel, parallel, sum(p.numel() for p in model.parameters()))
     shard_model(model, sharing, parallel, config.run.precision)
     model.to_empty(device=parallel.device)

@@ -18,7 +18,7 @@ app = make_app(
 _DATA = "Data"
 _MODEL = "Model"
 _OPTIMIZER = "Optimizer"
-_PARALLEL = "Several processes"
+_PARALLEL = "Processes, memory and speed"
 _RUN = "Run"
 _SETTINGS = "Settings"
 
@@ -124,6 +124,13 @@ def run(
     shard_size: Annotated[int | None, typer.Option(help="With hsdp: ranks that share one copy of the model; default: "
                                                    "those of a machine.", min=1, show_default=False,
                                                    rich_help_panel=_PARALLEL)] = None,
+    activation_checkpointing: Annotated[str | None, typer.Option(help="What blocks compute again in backward to save "
+                                                                 "memory: none, selective (all but matrix products and "
+                                                                 "attention) or full.", show_default=False,
+                                                                 rich_help_panel=_PARALLEL)] = None,
+    compile_blocks: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Run the transformer's blocks "
+                                                        "through torch.compile.", show_default=False,
+                                                        rich_help_panel=_PARALLEL)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=False,
                                                rich_help_panel=_RUN)] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="Compute in float32 or bfloat16; weights stay float32.",
@@ -163,6 +170,8 @@ def run(
                 "optimizer.decay_steps": lr_decay_steps,
                 "parallel.strategy": parallel,
                 "parallel.shard_size": shard_size,
+                "parallel.activation_checkpointing": activation_checkpointing,
+                "parallel.compile": compile_blocks,
                 "run.seed": seed,
                 "run.max_train_steps": max_train_steps,
                 "run.stop_at_step": stop_at_step,

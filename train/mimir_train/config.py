@@ -21,6 +21,7 @@ Schedule = Literal["constant", "cosine", "linear", "wsd"]
 Precision = Literal["float32", "bfloat16"]
 Reporter = Literal["tensorboard", "wandb"]
 Strategy = Literal["auto", "ddp", "fsdp", "hsdp"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 SCRATCH = "scratch"
 """Value of `model.init_from`: no weights are loaded."""
@@ -182,13 +183,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How several processes share the work. Nothing here changes what is trained, but for rounding."""
+    """How the work is shared and run. Nothing here changes what is trained, but for rounding."""
 
     strategy: Strategy = "auto"
     """Each rank holds the whole model (ddp), a part of it (fsdp), or a part, several times over (hsdp: cut within a
     machine, repeated across machines). auto: ddp where the model's states fit into half of a device's memory."""
     shard_size: int | None = None
     """With hsdp: ranks over which the model is cut; None: those of one machine."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What a block of the transformer computes again in its backward, in place of keeping it: nothing, all but matrix
+    products and attention (selective), or everything (full)."""
+    compile: bool = False
+    """Run the blocks through torch.compile: faster steps after some minutes; on a CPU it needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         choices = get_args(Strategy)

@@ -35,6 +35,8 @@ FREE_ON_RESUME: Final = frozenset(
         "data.max_bad_share",
         "data.verify_reads",
         "model.attention",
+        "parallel.activation_checkpointing",
+        "parallel.compile",
         "parallel.strategy",
         "parallel.shard_size",
         "run.output_dir",

@@ -38,6 +38,8 @@ _TINY: Final[Document] = {
 _COGVIDEOX: Final[Document] = {
     "data": {"global_batch_size": 32, "micro_batch_size": 1},
     "optimizer": {"learning_rate": 1e-5, "fuser_learning_rate": 1e-4, "warmup_steps": 100},
+    # 17,776 tokens: without it 2B's activations alone are some 50 GB, by counting what autograd keeps
+    "parallel": {"activation_checkpointing": "selective"},
     "run": {"max_train_steps": 10_000, "precision": "bfloat16"},
 }
 

@@ -9,6 +9,7 @@ precision: for matrices and their biases, these are the very bits that autocast 
 a block's norms are rounded too. All else is gathered in float32.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def shard_model(model: TrainedModel, sharing: Sharing, parallel: Parallel, preci
     """Cut the parameters of a model where the strategy does; none holds its weights yet, so it may be on meta."""
     if not sharing.is_sharded:
         return
+    # the prediction is a view, and nothing writes into it
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPDiT\) returned a view", UserWarning)
     mesh = _mesh(sharing, parallel)
     blocks = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bfloat16" else None,
