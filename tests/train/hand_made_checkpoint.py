@@ -24,7 +24,7 @@ from mimir_precompute.identity import feature_identity, resolve_models
 from mimir_shared.command_line import make_app
 from mimir_shared.features import FEATURES
 from mimir_shared.fingerprint import fingerprint
-from mimir_train.checkpoint import MODEL, CheckpointInfo
+from mimir_train.checkpoint import EMA, MODEL, CheckpointInfo, LoraRecord
 from mimir_train.checkpoint_parts import ModelPart
 from mimir_train.checkpoint_saver import CheckpointSaver, Kept
 from mimir_train.cli_sample import add_commands
@@ -112,8 +112,15 @@ def write_checkpoint(
     step: int = 20,
     snr_shift_scale: float = 1.0,
     empty_text: str = "zeros",
+    average: TrainedModel | None = None,
+    adapters: LoraRecord | None = None,
 ) -> Path:
-    """Write RUN/checkpoints/step-…; gives that folder."""
+    """Write RUN/checkpoints/step-…; gives that folder.
+
+    Args:
+        average: the weights that "power:0.1" came to; None: none was kept.
+        adapters: what is said of them, where the transformer has some; it is not written itself then.
+    """
 
     def describe(step: int, files: Mapping[str, Any]) -> CheckpointInfo:
         return CheckpointInfo.model_validate(
@@ -137,11 +144,14 @@ def write_checkpoint(
                 "transformer": to_document(model.dit.config),
                 "fuser": to_document(model.fuser.config),
                 "text": {"t5_rows": T5_ROWS, "text_align": "index", "empty_text": empty_text},
+                "ema": [] if average is None else ["power:0.1"],
+                "lora": None if adapters is None else adapters.model_dump(),
             }
         )
 
     alone = Parallel(place=Place(), device=torch.device("cpu"))
-    with CheckpointSaver(run, {MODEL: ModelPart(model)}, describe, alone, kept=Kept(), background=False) as saver:
+    parts = {MODEL: ModelPart(model)} | ({} if average is None else {EMA: ModelPart(average)})
+    with CheckpointSaver(run, parts, describe, alone, kept=Kept(), background=False) as saver:
         saver.start(step)
         written = saver.wait()
     assert written is not None

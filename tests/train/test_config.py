@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mimir_shared.errors import InputError
-from mimir_train.commands import RunRequest, build_config, parse_features, parse_reporters
+from mimir_train.commands import RunRequest, build_config, parse_features, parse_names
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import (
     nest,
@@ -86,7 +86,7 @@ def test_flags_override_set_and_set_overrides_the_file(tmp_path: Path) -> None:
         ("data.global_batch_size=true", "expected int, got True"),
         ("model.fuser=mimi", "model.fuser: expected one of baseline, .*mimir, got 'mimi'"),
         ("objective.text_dropout=2", "objective.text_dropout must be from 0 to 1, got 2.0"),
-        ("optimizer.schedule=linear", "expected one of constant, cosine, got 'linear'"),
+        ("optimizer.schedule=sawtooth", "expected one of constant, cosine, linear, wsd, got 'sawtooth'"),
         ("run.report_to=tensorboard", "run.report_to: expected a list"),
         ("model.transformer.attention_head_dim=24", "setting model.transformer: num_attention_heads . attention_head"),
         ("optimizer=5", "setting optimizer: expected a section"),
@@ -149,7 +149,7 @@ def test_lists_of_options_are_parsed() -> None:
     assert parse_features(["llm=0f", "t5=1"]) == {"llm": "0f", "t5": "1"}
     with pytest.raises(InputError, match="--feature llm: expected name=fingerprint"):
         parse_features(["llm"])
-    assert parse_reporters(None) is None
-    assert parse_reporters("none") == []
-    assert parse_reporters("tensorboard, wandb") == ["tensorboard", "wandb"]
+    assert parse_names(None) is None
+    assert parse_names("none") == []
+    assert parse_names("tensorboard, wandb") == ["tensorboard", "wandb"]
     assert parse_assignment("a.b=[1, 2]") == {"a": {"b": [1, 2]}}

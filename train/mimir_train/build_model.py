@@ -7,12 +7,14 @@ piece. What is drawn depends on the seed and the piece alone: any strategy and n
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mimir_train.block_execution import set_block_execution
 from mimir_train.fit import FittedRun
+from mimir_train.lora import adapted_maps, add_adapters, first_adapter
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
@@ -44,13 +46,15 @@ def build_model(fitted: FittedRun, parallel: Parallel, *, filled_later: bool) ->
         model = TrainedModel(DiT(fitted.initial.config), TokenFuser(fitted.fuser))
     if fitted.initial.folder is not None:
         check_weights(fitted.initial.folder, model.dit)
+    if config.model.lora is not None:
+        add_adapters(model.dit, config.model.lora)
     set_block_execution(
         model.dit, checkpointing=config.parallel.activation_checkpointing, compiled=config.parallel.compile
     )
     sharing = settle_sharing(config.parallel, parallel, sum(p.numel() for p in model.parameters()))
     shard_model(model, sharing, parallel, config.run.precision)
     model.to_empty(device=parallel.device)
-    if not filled_later:
+    if not filled_later or config.model.lora is not None:  # a checkpoint of adapters does not have their base
         fill_first_weights(model, fitted)
     wrapped = replicate_model(model, sharing, find_unused=fitted.fuser.stabilizer_start_step > 0)
     return BuiltModel(model=model, wrapped=wrapped, sharing=sharing)
@@ -70,6 +74,10 @@ def fill_first_weights(model: TrainedModel, fitted: FittedRun) -> None:
     else:
         for name, tensor in drawn_transformer(model.dit.config, seed):
             fill(f"dit.{name}", _held(missing[f"dit.{name}"], tensor))
+    for map_name, adapted in adapted_maps(model.dit):
+        make = partial(first_adapter, adapted.in_features, adapted.out_features, adapted.rank)
+        for name, tensor in _drawn(f"adapter {map_name}", seed, make):
+            fill(f"dit.{map_name}.{name}", _held(missing[f"dit.{map_name}.{name}"], tensor))
     for name, tensor in _drawn("fuser", seed, lambda: TokenFuser(fitted.fuser)):
         fill(f"fuser.{name}", _held(missing[f"fuser.{name}"], tensor))
     assert not missing, f"without a first value: {sorted(missing)}"

@@ -2,6 +2,7 @@
 
     model/00000.safetensors       the weights: what rank 0 wrote of them, float32; a file for each rank
     optimizer/00000.safetensors   the state of AdamW by parameter name
+    ema/00000.safetensors         a running average of those that are trained, where one is kept
     random/00000.safetensors      the state of each rank's generators
     checkpoint.json               written last: sha256 of every file above, step and order, and what was trained on what
 
@@ -26,6 +27,8 @@ CHECKPOINTS: Final = "checkpoints"
 MODEL: Final = "model"
 OPTIMIZER: Final = "optimizer"
 RANDOM: Final = "random"
+EMA: Final = "ema"
+"""The first average of the weights; those behind it are ema-2, ema-3 and so on."""
 MANIFEST: Final = "checkpoint.json"
 
 _STEP_FOLDER: Final = re.compile(r"step-(\d{8,})")
@@ -78,6 +81,24 @@ class ObjectiveRecord(BaseModel):
     snr_shift_scale: float
 
 
+class BaseRecord(BaseModel):
+    """The transformer that adapters stand on: it is not in the checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = Field(description="as --init-from named it")
+    files: dict[str, FileDigest] = Field(description="of its folder: config and weights")
+
+
+class LoraRecord(BaseModel):
+    """The adapters that were trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    base: BaseRecord
+
+
 class TrainingRecord(BaseModel):
     """The scalars that a run goes on from."""
 
@@ -101,10 +122,17 @@ class CheckpointInfo(BaseModel):
     transformer: dict[str, Any] = Field(description="its config as plain JSON")
     fuser: dict[str, Any] = Field(description="its config as plain JSON")
     text: TextRecord
+    ema: tuple[str, ...] = Field((), description="profiles of the averages that were kept: in ema, ema-2, …")
+    lora: LoraRecord | None = Field(None, description="what was trained of the transformer, where not all of it")
 
     def files_of(self, part: str) -> list[str]:
         """The files of "model", "optimizer" and so on."""
         return [name for name in self.files if name.startswith(f"{part}/")]
+
+
+def ema_part(index: int) -> str:
+    """The part that holds the average of this place among the run's profiles."""
+    return EMA if index == 0 else f"{EMA}-{index + 1}"
 
 
 def step_folder_name(step: int) -> str:
@@ -140,7 +168,7 @@ def check_checkpoint(folder: Path, parts: Collection[str] | None = None) -> str 
         if parts is not None and not any(name == part or name.startswith(f"{part}/") for part in parts):
             continue
         try:
-            found = _digest(folder / name)
+            found = digest_file(folder / name)
         except OSError as fault:
             return f"{folder / name}: {fault.strerror}"
         if found != digest:
@@ -208,7 +236,7 @@ def _read_manifest(folder: Path) -> CheckpointInfo:
         ) from fault
 
 
-def _digest(path: Path) -> FileDigest:
+def digest_file(path: Path) -> FileDigest:
     sha256, nbytes = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import FSDPModule
 
@@ -42,14 +42,15 @@ class CheckpointPart(Protocol):
 
 
 class ModelPart:
-    """The weights, in whichever way the model is spread over ranks."""
+    """The weights that are trained, in whichever way the model is spread over ranks."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def tensors(self) -> dict[str, Tensor]:
         # values are of any type there; of a model without buffers they are its weights
-        return cast(dict[str, Tensor], get_model_state_dict(self._model))
+        options = StateDictOptions(ignore_frozen_params=True)
+        return cast(dict[str, Tensor], get_model_state_dict(self._model, options=options))
 
     def to_fill(self, saved: Mapping[str, Dims]) -> dict[str, Tensor]:
         return self.tensors()

@@ -88,8 +88,16 @@ def run(
     attention: Annotated[str | None, typer.Option(help="Who computes attention: sdpa (torch's own), xformers, varlen "
                                                   "or flex, where the machine has it.", show_default=False,
                                                   rich_help_panel=_MODEL)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the transformer.", show_default=False,
-                                                        rich_help_panel=_OPTIMIZER)] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank on --init-from's transformer, not "
+                                                  "the transformer itself; the fuser is trained in full.", min=1,
+                                                  show_default=False, rich_help_panel=_MODEL)] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Their update is multiplied by alpha / rank; default: rank.",
+                                                     show_default=False, rich_help_panel=_MODEL)] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="Which linear maps get one, by the ends of their names; "
+                                                     "default: to_q,to_k,to_v,to_out.0", show_default=False,
+                                                     rich_help_panel=_MODEL)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the transformer, or of the adapters.",
+                                                        show_default=False, rich_help_panel=_OPTIMIZER)] = None,
     fuser_learning_rate: Annotated[float | None, typer.Option(help="Of the fuser.", show_default=False,
                                                               rich_help_panel=_OPTIMIZER)] = None,
     lr_scheduler: Annotated[str | None, typer.Option(help="After the warm-up: constant; cosine or linear, falling "
@@ -99,6 +107,9 @@ def run(
                                                         rich_help_panel=_OPTIMIZER)] = None,
     lr_decay_steps: Annotated[int | None, typer.Option(help="Of wsd: steps in which the rates fall; default: a fifth.",
                                                        min=1, show_default=False, rich_help_panel=_OPTIMIZER)] = None,
+    ema: Annotated[str | None, typer.Option(help="Keep running averages of the weights: power:SIGMA_REL (0.05 is a "
+                                            "short memory, 0.2 a long one) or fixed:DECAY, several with a comma; "
+                                            "default: none", show_default=False, rich_help_panel=_OPTIMIZER)] = None,
     seed: Annotated[int | None, typer.Option(help="Of order, draws and first weights; default: 42", show_default=False,
                                              rich_help_panel=_RUN)] = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Steps of the whole training.", min=1, show_default=False,
@@ -137,7 +148,7 @@ def run(
                                                         show_default=False, rich_help_panel=_RUN)] = None,
 ) -> None:  # fmt: skip
     """Train transformer and fuser from a cache; stop it and run it again with --resume-from-checkpoint latest."""
-    from mimir_train.commands import RunRequest, build_config, parse_features, parse_reporters
+    from mimir_train.commands import RunRequest, build_config, parse_features, parse_names
 
     settings = build_config(
         RunRequest(
@@ -162,12 +173,16 @@ def run(
                 "model.text_align": text_align,
                 "model.stabilizer_start_step": stabilizer_start_step,
                 "model.init_from": init_from,
+                "model.lora.rank": lora_rank,
+                "model.lora.alpha": lora_alpha,
+                "model.lora.targets": parse_names(lora_targets),
                 "model.attention": attention,
                 "optimizer.learning_rate": learning_rate,
                 "optimizer.fuser_learning_rate": fuser_learning_rate,
                 "optimizer.schedule": lr_scheduler,
                 "optimizer.warmup_steps": lr_warmup_steps,
                 "optimizer.decay_steps": lr_decay_steps,
+                "ema.profiles": parse_names(ema),
                 "parallel.strategy": parallel,
                 "parallel.shard_size": shard_size,
                 "parallel.activation_checkpointing": activation_checkpointing,
@@ -179,7 +194,7 @@ def run(
                 "run.checkpoints_total_limit": checkpoints_total_limit,
                 "run.checkpoints_keep_every": checkpoints_keep_every,
                 "run.validation_steps": validation_steps,
-                "run.report_to": parse_reporters(report_to),
+                "run.report_to": parse_names(report_to),
                 "run.device": device,
                 "run.precision": mixed_precision,
             },

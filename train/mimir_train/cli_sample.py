@@ -33,6 +33,16 @@ VaeOption = Annotated[
     str | None,
     typer.Option(help="VAE alone: folder, hub id or id@revision.", rich_help_panel=_MODELS, show_default=False),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="raw; ema, the first average that training kept; or another by its profile, as power:0.1. "
+                 "Default: ema where there is one.", show_default=False),
+]  # fmt: skip
+Base = Annotated[
+    str | None,
+    typer.Option(help="Of adapters (--lora-rank): folder or hub id of the transformer that they were trained on; "
+                 "default: where it was then.", show_default=False),
+]  # fmt: skip
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_HOW)]
 
 
@@ -46,6 +56,8 @@ def add_commands(app: typer.Typer) -> None:
 def sample(
     checkpoint: Checkpoint,
     output_dir: OutputDir,
+    weights: Weights = None,
+    base: Base = None,
     models: Models = None,
     t5: Annotated[str | None, typer.Option(help="Folder or hub id with text_encoder and tokenizer.",
                                            rich_help_panel=_MODELS, show_default=False)] = None,
@@ -111,6 +123,8 @@ def sample(
         bucket=bucket,
         negative_prompt=negative_prompt,
         device=device,
+        weights=weights,
+        base=base,
         dtype=dtype_name,
     )
     with ConsoleProgress() as progress:
@@ -127,20 +141,31 @@ def sample(
 def export(
     checkpoint: Checkpoint,
     output_dir: OutputDir,
+    weights: Weights = None,
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Of adapters: write the whole transformer with them "
+                                             "merged into it, not their own file.")] = False,
+    base: Base = None,
     scheduler: Annotated[str, typer.Option(help="Whose scheduler_config.json is written: dpm or ddim.")] = "dpm",
     dtype: Annotated[str, typer.Option(help="Of the weights: stored (as the checkpoint has them), float32 or "
                                        "bfloat16.")] = "stored",
 ) -> None:  # fmt: skip
-    """Write a diffusers folder (transformer, scheduler), the token fuser beside it, and a model card to fill in."""
+    """Write a diffusers folder (transformer, scheduler), the token fuser beside it, and a model card to fill in.
+
+    Of adapters, pytorch_lora_weights.safetensors takes the transformer's place, for diffusers' load_lora_weights.
+    """
     scheduler_name = _choice("--scheduler", scheduler, SCHEDULERS)
     dtype_name = _choice("--dtype", dtype, EXPORT_DTYPES)
 
     from mimir_train.export import ExportRequest, export_checkpoint
 
-    request = ExportRequest(checkpoint=checkpoint, output_dir=output_dir, scheduler=scheduler_name, dtype=dtype_name)
+    request = ExportRequest(
+        checkpoint=checkpoint, output_dir=output_dir, weights=weights, merge_lora=merge_lora, base=base,
+        scheduler=scheduler_name, dtype=dtype_name,
+    )  # fmt: skip
     with ConsoleProgress() as progress:
         exported = export_checkpoint(request, progress.say)
-    echo(f"{output_dir}: transformer, scheduler and fuser of {exported.folder.name}, and README.md")
+    what = "adapters" if exported.info.lora is not None and not merge_lora else "transformer"
+    echo(f"{output_dir}: {what}, scheduler and fuser of {exported.folder.name}, and README.md")
 
 
 def decode(

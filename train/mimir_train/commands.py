@@ -12,7 +12,7 @@ from mimir_train.config import SCRATCH, TrainConfig
 from mimir_train.config_document import Document, nest, overlay, parse_assignment, read_document, train_config
 from mimir_train.held_out import held_out_shards
 from mimir_train.order import ClipOrder
-from mimir_train.presets import preset_document
+from mimir_train.presets import LORA_LEARNING_RATES, preset_document
 from mimir_train.run_folder import resumed_settings
 
 
@@ -47,15 +47,25 @@ def build_config(request: RunRequest) -> TrainConfig:
         raise InputError("--preset is missing: give tiny, cogvideox-2b or cogvideox-5b")
     else:
         document = preset_document(request.preset)
-    if request.config_file is not None:
-        document = overlay(document, read_document(request.config_file))
+    given: Document = {} if request.config_file is None else read_document(request.config_file)
     for assignment in request.assignments:
-        document = overlay(document, parse_assignment(assignment))
+        given = overlay(given, parse_assignment(assignment))
     for name, value in request.flags.items():
         if value is not None:
-            document = overlay(document, nest(name, value))
-    document = overlay(document, nest("run.output_dir", str(request.output_dir)))
+            given = overlay(given, nest(name, value))
+    if began_with is None:
+        document = with_rate_of_adapters(document, given)
+    document = overlay(overlay(document, given), nest("run.output_dir", str(request.output_dir)))
     return train_config(without_fitting(document))
+
+
+def with_rate_of_adapters(preset: Document, given: Document) -> Document:
+    """Where adapters are asked for, the preset's learning rate is theirs; a rate that was given wins later."""
+    model = given.get("model")
+    rate = LORA_LEARNING_RATES.get(str(preset.get("preset")))
+    if rate is None or not isinstance(model, dict) or model.get("lora") is None:
+        return preset
+    return overlay(preset, nest("optimizer.learning_rate", rate))
 
 
 def without_fitting(document: Document) -> Document:
@@ -77,8 +87,8 @@ def parse_features(choices: list[str]) -> dict[str, str] | None:
     return parsed or None
 
 
-def parse_reporters(text: str | None) -> list[str] | None:
-    """The list of --report-to; "none" is an empty one."""
+def parse_names(text: str | None) -> list[str] | None:
+    """The list of --report-to, --ema or --lora-targets; "none" is an empty one."""
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]

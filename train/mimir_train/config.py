@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from mimir_shared.errors import InputError
 from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
+from mimir_train.ema_profile import EmaProfile, parse_profile
 from mimir_train.model.config import FUSERS, AttentionName, DiTConfig, FuserName
 from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
 
@@ -94,6 +95,32 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters that are trained in place of the transformer, whose own weights stay as they are."""
+
+    rank: int
+    """Of each adapter: its update to a matrix is a product of two that are so narrow."""
+    alpha: float | None = None
+    """The update is multiplied by alpha / rank; None: the rank, a factor of one."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Linear maps of the transformer that get one, by the ends of their names."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "--lora-rank", "at least 1", self.rank)
+        _require(self.alpha is None or self.alpha > 0, "--lora-alpha", "positive", self.alpha)
+        _require(bool(self.targets) and all(self.targets), "--lora-targets", "names of linear maps", self.targets)
+
+    @property
+    def settled_alpha(self) -> float:
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def scaling(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return self.settled_alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What is trained."""
 
@@ -111,6 +138,8 @@ class ModelConfig:
     """Who computes attention: torch's own, or a kernel that some machines have. All give the same but for rounding."""
     fit_to_cache: bool = False
     """Channels, text width and base grid of `transformer` are taken from the cache; from scratch only."""
+    lora: LoraConfig | None = None
+    """Adapters on the transformer of init_from; None: all of it is trained. The fuser always is."""
     latent_scaling_factor: float | None = None
     """Multiplies the cached latents; None: one over their standard deviation in the snapshot."""
     t5_rms: float | None = None
@@ -122,6 +151,8 @@ class ModelConfig:
         _require(self.fuser in FUSERS, "--fuser", f"one of {', '.join(FUSERS)}", repr(self.fuser))
         start = self.stabilizer_start_step
         _require(start >= 0, "--stabilizer-start-step", "0 or more", start)
+        if self.lora is not None and self.init_from == SCRATCH:
+            raise InputError("--lora-rank: adapters want a transformer that was trained; give it by --init-from")
         factor = self.latent_scaling_factor
         _require(factor is None or factor > 0, "model.latent_scaling_factor", "positive", factor)
         _require(self.t5_rms is None or self.t5_rms > 0, "model.t5_rms", "positive", self.t5_rms)
@@ -146,7 +177,7 @@ class OptimizerConfig:
     """AdamW, with one learning rate for the transformer and one for the fuser."""
 
     learning_rate: float
-    """Of the transformer."""
+    """Of the transformer, or of the adapters on it."""
     fuser_learning_rate: float
     schedule: Schedule = "constant"
     """What follows the warm-up: a constant rate; half a cosine or a line that ends with max_train_steps; or wsd, a
@@ -202,6 +233,25 @@ class ParallelConfig:
         size = self.shard_size
         _require(size is None or size >= 1, "--shard-size", "at least 1", size)
         _require(size is None or self.strategy == "hsdp", "--shard-size", "left out but with --parallel hsdp", size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Running averages of the weights, kept beside them in float32: for sampling, export and validation."""
+
+    profiles: tuple[str, ...] = ()
+    """power:SIGMA_REL or fixed:DECAY each (`ema_profile`). Each takes as much memory as the weights that are trained,
+    cut over the ranks as they are, so none is kept unless asked for."""
+    validation: bool = True
+    """Report the validation loss of the first average too."""
+
+    def __post_init__(self) -> None:
+        names = [profile.name for profile in self.parsed]
+        _require(len(set(names)) == len(names), "--ema", "each profile once", ", ".join(names))
+
+    @property
+    def parsed(self) -> tuple[EmaProfile, ...]:
+        return tuple(parse_profile(text) for text in self.profiles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +325,7 @@ class TrainConfig:
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ FREE_ON_RESUME: Final = frozenset(
         "data.on_bad_sample",
         "data.max_bad_share",
         "data.verify_reads",
+        "ema.validation",
         "model.attention",
         "parallel.activation_checkpointing",
         "parallel.compile",
@@ -173,6 +174,7 @@ def refuse_other_training(old: TrainConfig, new: TrainConfig, where: str) -> Non
 def deciding_settings(config: TrainConfig) -> Document:
     """The settings that change what is trained: all but FREE_ON_RESUME."""
     free = FREE_ON_RESUME - ({"run.max_train_steps"} if config.optimizer.schedule in ENDS_WITH_THE_RUN else set())
+    free |= {"model.init_from"} if config.model.lora is not None else set()  # what adapters stand on has digests
     deciding: Document = {}
     for section, values in to_document(config).items():
         if isinstance(values, dict):

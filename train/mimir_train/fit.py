@@ -176,9 +176,17 @@ def describe_fit(fitted: FittedRun, cache: Cache) -> list[str]:
     source = "from scratch" if model.init_from == SCRATCH else f"from {model.init_from}"
     shards = noun_for(len(fitted.held_out), "shard")
     held_out = f"{shards} {', '.join(map(str, fitted.held_out))} held out for validation"
+    more = []
+    if model.lora is not None:
+        more.append(
+            f"adapters of rank {model.lora.rank} on {', '.join(model.lora.targets)} are trained, not the transformer"
+        )
+    if fitted.config.ema.profiles:
+        more.append(f"averages of the weights: {', '.join(profile.name for profile in fitted.config.ema.parsed)}")
     return [
         f"snapshot {cache.snapshot.digest[:12]}: {len(cache)} clips in {cache.num_shards} "
         f"{noun_for(cache.num_shards, 'shard')}, {held_out if fitted.held_out else 'no shard held out for validation'}",
         f"transformer {source}: {model.transformer.num_layers} layers, {model.transformer.width} wide; "
         f"fuser {model.fuser}; latents scaled by {model.latent_scaling_factor:g}",
+        *more,
     ]

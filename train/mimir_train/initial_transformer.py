@@ -32,12 +32,19 @@ def find_initial_transformer(model: ModelConfig) -> InitialTransformer:
     """
     if model.init_from == SCRATCH:
         return InitialTransformer(config=model.transformer, folder=None, vae_scaling_factor=None)
-    root = _local_folder(model.init_from)
-    folder = find_transformer_folder(root)
+    folder = locate_transformer(model.init_from, "--init-from")
     pipeline = folder.parent if folder.name == "transformer" else folder
     return InitialTransformer(
         config=read_transformer_config(folder), folder=folder, vae_scaling_factor=_vae_scaling_factor(pipeline)
     )
+
+
+def locate_transformer(name: str, option: str) -> Path:
+    """The transformer's folder of what an option named: a folder, or a hub id whose files are downloaded.
+
+    Raises: as `find_initial_transformer`.
+    """
+    return find_transformer_folder(_local_folder(name, option))
 
 
 def is_hub_id(name: str) -> bool:
@@ -45,17 +52,18 @@ def is_hub_id(name: str) -> bool:
     return not Path(name).expanduser().exists() and _HUB_ID.fullmatch(name) is not None
 
 
-def _local_folder(name: str) -> Path:
+def _local_folder(name: str, option: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     match = _HUB_ID.fullmatch(name)
     if match is None or path.exists():
-        raise InputError(f"--init-from {name}: expected a diffusers folder, a hub id (owner/name) or {SCRATCH!r}")
-    return _download(name, match["repo"], match["revision"])
+        scratch = f" or {SCRATCH!r}" if option == "--init-from" else ""
+        raise InputError(f"{option} {name}: expected a diffusers folder, a hub id (owner/name){scratch}")
+    return _download(f"{option} {name}", match["repo"], match["revision"])
 
 
-def _download(name: str, repository: str, revision: str | None) -> Path:
+def _download(asked: str, repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -66,12 +74,12 @@ def _download(name: str, repository: str, revision: str | None) -> Path:
             allow_patterns=["transformer/*.json", "transformer/*.safetensors", "vae/config.json"],
         )
     except GatedRepoError as fault:
-        raise InputError(f"--init-from {name}: the hub asks for a licence first; accept it and log in") from fault
+        raise InputError(f"{asked}: the hub asks for a licence first; accept it and log in") from fault
     except RepositoryNotFoundError as fault:
-        raise InputError(f"--init-from {name}: no such folder here, and no such repository on the hub") from fault
+        raise InputError(f"{asked}: no such folder here, and no such repository on the hub") from fault
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
         raise MachineError(
-            f"--init-from {name}: no such folder here, and the hub does not give it ({type(fault).__name__}); run it "
+            f"{asked}: no such folder here, and the hub does not give it ({type(fault).__name__}); run it "
             f"again, or download the folder elsewhere and give its path"
         ) from fault
     return Path(folder)

@@ -38,7 +38,8 @@ def decay_start(config: OptimizerConfig, max_train_steps: int) -> int:
 def describe_rates(config: TrainConfig) -> str:
     """What a person should know of the rates before the run, in one line."""
     optimizer, last = config.optimizer, config.run.max_train_steps
-    parts = [f"learning rate {optimizer.learning_rate:g} (transformer), {optimizer.fuser_learning_rate:g} (fuser)"]
+    what = "transformer" if config.model.lora is None else "adapters"
+    parts = [f"learning rate {optimizer.learning_rate:g} ({what}), {optimizer.fuser_learning_rate:g} (fuser)"]
     if optimizer.warmup_steps:
         parts.append(f"rising over {optimizer.warmup_steps} {noun_for(optimizer.warmup_steps, 'step')}")
     if optimizer.schedule == "constant":

@@ -25,10 +25,11 @@ from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_em
 from mimir_train.build_model import build_model
 from mimir_train.build_order import build_order, order_settings
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
-from mimir_train.checkpoint import MODEL, OPTIMIZER, RANDOM
-from mimir_train.checkpoint_parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart
+from mimir_train.checkpoint import MODEL, OPTIMIZER, RANDOM, ema_part
+from mimir_train.checkpoint_parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart, trained_parameters
 from mimir_train.checkpoint_saver import CheckpointSaver, Kept
 from mimir_train.config import TrainConfig
+from mimir_train.ema import EmaWeights
 from mimir_train.fit import FittedRun, describe_fit, fit
 from mimir_train.learning_rate import describe_rates, rate_factor
 from mimir_train.metrics import check_reporters, open_metrics
@@ -36,7 +37,7 @@ from mimir_train.objective import NoiseSchedule
 from mimir_train.optimizer import build_optimizer, set_rates
 from mimir_train.order import ClipOrder
 from mimir_train.parallel import Parallel, peer_faults, start_parallel
-from mimir_train.resume import checkpoint_info, initial_of, load_checkpoint
+from mimir_train.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint
 from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
 from mimir_train.sharding import Sharing, average_gradients, clip_gradients
 from mimir_train.step_figures import StepMeter, fuser_figures
@@ -80,7 +81,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
             data.cache, data.features, snapshot=data.snapshot, local_cache_dir=data.local_cache_dir,
             local_cache_gb=data.local_cache_gb,
         )  # fmt: skip
-        fitted = fit(config, cache, initial_of(run, config))
+        fitted = fit(config, cache, initial_of(run, config, verify_base=parallel.is_first))
         check_attention(fitted.config.model, parallel.device, config.run.precision)
         order = build_order(
             cache, order_settings(fitted.config), held_out=fitted.held_out, world_size=parallel.world_size,
@@ -126,12 +127,14 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 trainer.optimizer.zero_grad(set_to_none=True)
 
                 steps_done = batch.step + 1
+                for average in trainer.averages:
+                    average.update(steps_done)
                 figures = trainer.meter.figures(batch, report, rates, time.perf_counter() - started)
                 figures |= {"bad_samples": num_bad} if num_bad else {}
                 if batch.step % config.run.fuser_figures_steps == 0:
                     figures |= fuser_figures(trainer.model.fuser, batch, parallel)
                 if trainer.validation is not None and is_due(steps_done, config.run.validation_steps, last_step):
-                    figures |= validate(trainer.validation, trainer.model, trainer.objective, parallel, batch.step)
+                    figures |= judge(trainer, trainer.validation, batch.step)
                     sample_validation(trainer, trainer.validation, run, steps_done)
                 for sink in sinks:
                     sink.add(figures)
@@ -163,6 +166,7 @@ class Trainer:
     """The model as its gradients are averaged over ranks."""
     sharing: Sharing
     optimizer: torch.optim.Optimizer
+    averages: tuple[EmaWeights, ...]
     objective: Objective
     loader: BatchLoader
     validation: ValidationSet | None
@@ -217,6 +221,7 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: ClipOrder, parallel: P
         wrapped=built.wrapped,
         sharing=built.sharing,
         optimizer=build_optimizer(config.optimizer, model.dit, model.fuser),
+        averages=tuple(EmaWeights(profile, trained_parameters(model)) for profile in config.ema.parsed),
         objective=objective,
         loader=loader,
         validation=validation,
@@ -255,6 +260,16 @@ def accumulate_gradients(trainer: Trainer, batch: TrainingBatch) -> tuple[tuple[
     return tuple(torch.cat(losses).tolist()), forward_s
 
 
+def judge(trainer: Trainer, validation: ValidationSet, step: int) -> dict[str, float]:
+    """The validation losses of the weights, and of the first average of them where there is one."""
+    run_validation = partial(validate, validation, trainer.model, trainer.objective, trainer.parallel, step)
+    figures = run_validation()
+    if trainer.averages and trainer.fitted.config.ema.validation:
+        with trainer.averages[0].in_place_of_weights(trainer.model):
+            figures |= {name.replace("/", "/ema_", 1): loss for name, loss in run_validation().items()}
+    return figures
+
+
 def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolder, steps_done: int) -> None:
     """Write latents for `mimir-train decode`, where that is asked for."""
     limit = trainer.fitted.config.run.validation_samples
@@ -267,7 +282,9 @@ def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolde
 
 def checkpoint_parts(trainer: Trainer) -> dict[str, CheckpointPart]:
     """What of the run goes into its checkpoints; the rest follows from seed, step and settings."""
+    averages = {ema_part(index): average for index, average in enumerate(trainer.averages)}
     return {
+        **averages,
         MODEL: ModelPart(trainer.model),
         OPTIMIZER: OptimizerPart(trainer.optimizer, trainer.model),
         RANDOM: RandomPart(trainer.parallel.rank, trainer.parallel.device),
@@ -276,10 +293,11 @@ def checkpoint_parts(trainer: Trainer) -> dict[str, CheckpointPart]:
 
 def open_saver(trainer: Trainer, run: RunFolder) -> CheckpointSaver:
     settings = trainer.fitted.config.run
+    adapters = adapters_of(run, trainer.fitted) if trainer.parallel.is_first else None  # who writes checkpoint.json
     return CheckpointSaver(
         run.path,
         checkpoint_parts(trainer),
-        partial(checkpoint_info, trainer.fitted, trainer.cache, trainer.order),
+        partial(checkpoint_info, trainer.fitted, trainer.cache, trainer.order, adapters),
         trainer.parallel,
         kept=Kept(newest=settings.checkpoints_total_limit, every=settings.checkpoints_keep_every),
         background=settings.checkpoints_in_background,

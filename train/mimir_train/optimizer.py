@@ -7,12 +7,16 @@ from mimir_train.config import OptimizerConfig
 
 
 def build_optimizer(config: OptimizerConfig, dit: nn.Module, fuser: nn.Module) -> torch.optim.AdamW:
-    """Four groups: transformer and fuser, each with and without weight decay. Rates are set before every step."""
+    """Four groups: transformer and fuser, each with and without weight decay. Rates are set before every step.
+
+    Frozen parameters are in none, and cost no state.
+    """
     groups = []
     for part, module, rate in (("dit", dit, config.learning_rate), ("fuser", fuser, config.fuser_learning_rate)):
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
-        for name, parameter in module.named_parameters():
+        trained = ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+        for name, parameter in trained:
             (decayed if is_decayed(name, parameter) else plain).append(parameter)
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             if parameters:
@@ -24,8 +28,9 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     """Matrices are drawn towards zero; norms, biases, scales and the stabilizer's offsets are not.
 
     The fuser's zero-initialised maps are: for them zero is where training starts, the model that knows T5 alone, so
-    decay only asks the new branches to earn their size. There are no tables of embeddings in either model; the maps
-    that bring patches, text and time to the model's width are matrices like the others.
+    decay only asks the new branches to earn their size; so it is with adapters, which it draws back to their base.
+    There are no tables of embeddings in either model; the maps that bring patches, text and time to the model's width
+    are matrices like the others.
     """
     return parameter.ndim >= 2 and not name.endswith("stabilizer_offsets")
 

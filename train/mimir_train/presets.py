@@ -73,6 +73,9 @@ PRESETS: Final[Mapping[str, Document]] = MappingProxyType(
     {"tiny": _TINY, "cogvideox-2b": _COGVIDEOX_2B, "cogvideox-5b": _COGVIDEOX_5B}
 )
 
+LORA_LEARNING_RATES: Final[Mapping[str, float]] = MappingProxyType({"cogvideox-2b": 1e-4, "cogvideox-5b": 1e-4})
+"""In place of a preset's learning rate where adapters are trained: they start from nothing, and want more."""
+
 VAE_SCALING_FACTORS: Final[Mapping[str, float]] = MappingProxyType(
     {
         "THUDM/CogVideoX-2b": 1.15258426,

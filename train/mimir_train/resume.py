@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from mimir_shared.errors import CacheError, InputError
+from mimir_train.adapter_base import find_base, record_adapters
 from mimir_train.cache_reader import Cache
 from mimir_train.checkpoint import (
     MANIFEST,
@@ -10,6 +11,7 @@ from mimir_train.checkpoint import (
     DataRecord,
     FeatureRecord,
     FileDigest,
+    LoraRecord,
     ObjectiveRecord,
     TextRecord,
     TrainingRecord,
@@ -25,15 +27,23 @@ from mimir_train.order import ClipOrder
 from mimir_train.run_folder import RunFolder
 
 
-def initial_of(run: RunFolder, config: TrainConfig) -> InitialTransformer | None:
-    """The transformer that a run goes on with, its weights still to be read; None where it begins anew."""
+def initial_of(run: RunFolder, config: TrainConfig, *, verify_base: bool) -> InitialTransformer | None:
+    """The transformer that a run goes on with, its weights still to be read; None where it begins anew.
+
+    Args:
+        verify_base: of adapters, compare what they stand on with what they were trained on; one rank will do.
+    """
     if run.checkpoint is None:
         return None
     path = run.checkpoint / MANIFEST
-    transformer = from_record(DiTConfig, read_checkpoint_info(run.checkpoint, parts=()).transformer, str(path))
+    info = read_checkpoint_info(run.checkpoint, parts=())
+    transformer = from_record(DiTConfig, info.transformer, str(path))
     if transformer != config.model.transformer:
         raise CacheError(f"{path}: has the sizes {transformer}, but config.yaml says {config.model.transformer}")
-    return InitialTransformer(config=transformer, folder=None, vae_scaling_factor=None)
+    folder = None
+    if info.lora is not None:
+        folder = find_base(info.lora.base, config.model.init_from, "--init-from", verify=verify_base)
+    return InitialTransformer(config=transformer, folder=folder, vae_scaling_factor=None)
 
 
 def load_checkpoint(run: RunFolder, parts: Mapping[str, CheckpointPart], order: ClipOrder, fitted: FittedRun) -> int:
@@ -63,8 +73,24 @@ def load_checkpoint(run: RunFolder, parts: Mapping[str, CheckpointPart], order: 
     return info.step
 
 
+def adapters_of(run: RunFolder, fitted: FittedRun) -> LoraRecord | None:
+    """What the run's checkpoints say of its adapters; None where all of the transformer is trained."""
+    model = fitted.config.model
+    if model.lora is None:
+        return None
+    if run.checkpoint is not None:
+        return read_checkpoint_info(run.checkpoint, parts=()).lora
+    assert fitted.initial.folder is not None, "adapters on nothing"
+    return record_adapters(model.lora, model.init_from, fitted.initial.folder)
+
+
 def checkpoint_info(
-    fitted: FittedRun, cache: Cache, order: ClipOrder, step: int, files: Mapping[str, FileDigest]
+    fitted: FittedRun,
+    cache: Cache,
+    order: ClipOrder,
+    adapters: LoraRecord | None,
+    step: int,
+    files: Mapping[str, FileDigest],
 ) -> CheckpointInfo:
     """checkpoint.json: what the model is and what it was trained on."""
     config = fitted.config
@@ -93,4 +119,6 @@ def checkpoint_info(
             text_align=fitted.layout.text_align,
             empty_text=config.data.empty_text,
         ),
+        ema=tuple(profile.name for profile in config.ema.parsed),
+        lora=adapters,
     )

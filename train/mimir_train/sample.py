@@ -48,6 +48,10 @@ class SampleRequest:
     """Stands where no text would; None: what stood in training where text was dropped."""
     device: str
     """auto, cpu, cuda or cuda:N."""
+    weights: str | None
+    """raw, ema or the profile of an average; None: an average where there is one."""
+    base: str | None
+    """Where the transformer is that adapters were trained on; None: where it was then."""
     dtype: SampleDType
     """In which fuser and transformer compute; auto: bfloat16 on CUDA, float32 on a CPU."""
 
@@ -72,7 +76,7 @@ def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
         CacheError: the checkpoint is damaged, or the models are not those that it was trained with.
     """
     device = choose_device(request.device)
-    checkpoint = open_checkpoint(request.checkpoint, progress.say)
+    checkpoint = open_checkpoint(request.checkpoint, progress.say, weights=request.weights, base=request.base)
     make_scheduler(
         request.scheduler, checkpoint.info.objective.snr_shift_scale, request.num_inference_steps
     )  # refused before all else
@@ -141,6 +145,7 @@ def _settings(request: SampleRequest, checkpoint: OpenCheckpoint, bucket: str, d
         "version": 1,
         "checkpoint": checkpoint.digest,
         "step": checkpoint.info.step,
+        "weights": checkpoint.weights,
         "preset": checkpoint.info.preset,
         "seed": request.seed,
         "scheduler": request.scheduler,

@@ -190,5 +190,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def let_go_of_whole(module: nn.Module) -> None:
+    """Drop whole parameters that are still there from a forward: the next one gathers them from the shards anew."""
+    for part in _sharded_modules(module):
+        part.reshard()
+
+
 def _sharded_modules(module: nn.Module) -> Iterator[FSDPModule]:
     return (child for child in module.modules() if isinstance(child, FSDPModule))

@@ -115,7 +115,7 @@ def load_transformer(folder: Path, *, dtype: torch.dtype | None = None, device: 
         model = DiT(config)
     check_weights(folder, model)
     state_dict: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with _open_weights(path) as file:
             # tensor by tensor: a second copy of everything would not fit beside the first
             state_dict |= {name: file.get_tensor(name).to(device=device, dtype=dtype) for name in file.keys()}  # noqa: SIM118
@@ -129,7 +129,7 @@ def check_weights(folder: Path, model: nn.Module) -> None:
     Raises: InputError where there are none; CacheError for damaged files, and weights of another model.
     """
     found: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with _open_weights(path) as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -153,7 +153,7 @@ def read_rows(folder: Path, rows: Callable[[str], tuple[int, int] | None]) -> It
         folder: whose weights `check_weights` has found to be the model's.
         rows: of the weight of a name: (start, stop) along its first dim, or None for a weight that is not wanted.
     """
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with _open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118 — not a mapping
                 wanted = rows(name)
@@ -195,7 +195,7 @@ def _is_of_type(value: Json, wanted: object) -> bool:
     return type(value) is wanted or (wanted is float and type(value) is int)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     index_path = folder / INDEX_NAME
     if index_path.is_file():
         try:
