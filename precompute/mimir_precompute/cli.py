@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute import cli_cache, cli_remake, cli_volatility
+from mimir_precompute import cli_cache, cli_remake, cli_slurm, cli_volatility
 from mimir_precompute.cli_models import with_model_options
 from mimir_precompute.cli_options import (
     WHAT,
@@ -27,11 +27,13 @@ from mimir_precompute.cli_options import (
     LlmOption,
     MaxQuarantinedOption,
     ModelsOption,
+    OnlyOwnShardsOption,
     PlaceOption,
     PresetOption,
     RemovalsOption,
     SeedOption,
     ShardSizeOption,
+    ShardsOption,
     SharedDecodeWorkersOption,
     T5Option,
     UtilisationOption,
@@ -119,8 +121,7 @@ def encode(
     cache: Cache,
     clips: Annotated[str | None, typer.Argument(help="As for `plan`; without it the cache's plan is taken as it is.",
                                                 show_default=False)] = None,
-    shards: Annotated[str, typer.Option(help="all, 0-63, 3,17 or 2::8 (start:stop:step).", rich_help_panel=WHAT)]
-    = "all",
+    shards: ShardsOption = "all",
     features: Annotated[str, typer.Option(help="Which of latents, t5, answers, llm.", rich_help_panel=WHAT)]
     = "latents,t5,answers,llm",
     preset: PresetOption = None,
@@ -145,6 +146,7 @@ def encode(
                                              rich_help_panel=WHERE)] = "error",
     workers: WorkersOption = "1",
     place: PlaceOption = None,
+    only_own_shards: OnlyOwnShardsOption = False,
 ) -> None:  # fmt: skip
     """Encode the clips into the cache; run it again and it goes on where it stopped."""
     from mimir_precompute.commands import EncodeRequest, run_encode
@@ -167,13 +169,14 @@ def encode(
         max_quarantined=max_quarantined,
         accept_quarantine=accept_quarantine,
         on_mismatch=on_mismatch,
-        team=TeamOptions(workers=workers, place=tuple(place or ())),
+        team=TeamOptions(workers=workers, place=tuple(place or ()), only_own_shards=only_own_shards),
     )
     echo(describe_outcome(cache, run_encode(request)))
 
 
 cli_cache.add_commands(app)  # those that look at a cache or finish it
 cli_volatility.add_commands(app)
+cli_slurm.add_commands(app)
 cli_remake.add_commands(app)  # those that make parts of it again
 
 

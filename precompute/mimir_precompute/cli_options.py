@@ -44,6 +44,11 @@ FpsOption = Annotated[
     typer.Option(help="Frames a second at which clips are sampled, by time stamp.", rich_help_panel=WHAT,
                  show_default=False),
 ]  # fmt: skip
+ShardsOption = Annotated[
+    str,
+    typer.Option(help="all, 0-63, 3,17, 2::8 (start:stop:step), or auto: a task of a Slurm array or of srun begins "
+                 "with every n-th and then helps the others.", rich_help_panel=WHAT),
+]  # fmt: skip
 ShardSizeOption = Annotated[
     int | None, typer.Option(help="Clips in a shard; default: 256", rich_help_panel=WHAT, show_default=False)
 ]
@@ -160,6 +165,11 @@ WorkersOption = Annotated[
     str,
     typer.Option("--workers", help="Processes on this machine that share the work: a number, or auto: one for each "
                  "GPU, and 1 on a CPU. One that dies is started again.", rich_help_panel=TEAM),
+]  # fmt: skip
+OnlyOwnShardsOption = Annotated[
+    bool,
+    typer.Option("--only-own-shards", help="With --shards auto: end when the task's own shards are done, and leave "
+                 "those of others alone.", rich_help_panel=TEAM),
 ]  # fmt: skip
 PlaceOption = Annotated[
     list[str] | None,

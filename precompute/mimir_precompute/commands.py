@@ -1,8 +1,8 @@
 """From the options of the command line, checked, to one call of the work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -35,7 +35,8 @@ from mimir_shared.snapshot import Snapshot, incomplete_shards, write_snapshot
 from mimir_shared.storage_protocol import Storage
 
 if TYPE_CHECKING:
-    pass
+    from mimir_precompute.slurm import SlurmTask
+    from mimir_precompute.worker_task import WorkerTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,46 +87,68 @@ def run_plan(
 
 def run_encode(request: EncodeRequest) -> EncodeOutcome:
     """Check every option, plan where clips are given, and encode."""
+    from mimir_precompute.crowd import WATCH_AT_MOST, encode_in_crowd, pause_before_start
     from mimir_precompute.decode_sandbox import DecodeSandbox
     from mimir_precompute.encode_team import choose_team, encode_together
     from mimir_precompute.progress import Progress
     from mimir_precompute.provenance import RunLog
-    from mimir_precompute.worker_task import WorkerTask, make_job
+    from mimir_precompute.slurm import device_of_task, slurm_task
+    from mimir_precompute.worker_task import make_job
 
     features = parse_features(request.features)
-    on_mismatch: Literal["error", "new"] = parse_choice("--on-mismatch", request.on_mismatch, ("error", "new"))
-    data_format = _parse_format(request.output_format)
+    slurm = slurm_task(request.shards, only_own_shards=request.team.only_own_shards)
+    if slurm is not None:
+        device_text = device_of_task(slurm, request.models.device, request.team)
+        request = replace(request, shards="all", models=replace(request.models, device=device_text))
+        pause_before_start(slurm.count)
     device = choose_device(request.models.device)
     team = choose_team(request.team, request.models, features, device, request.decode_workers)
+    make_task = _task_maker(request, features, slurm, decode_workers=team.decoders[0])
     storage = open_storage(request.cache)
-    progress = Progress()
+    progress = Progress(watch=slurm is None or slurm.count <= WATCH_AT_MOST)
     _check_before_planning(request, storage, features, device)
     plan = _plan_for(request, storage, progress)
-    task = WorkerTask(
-        cache=request.cache,
-        models=request.models,
-        features=features,
-        shards=parse_shards(request.shards, plan.num_shards),
-        data_format=data_format,
-        on_mismatch=on_mismatch,
-        decode_workers=team.decoders[0],
-        decode_limits=request.decode_limits,
-        max_quarantined=request.max_quarantined,
-        accept_quarantine=request.accept_quarantine,
-    )
+    task = make_task(plan.num_shards)
     with working_on(storage):
         storage.check_writable()
         encoders = open_encoders(plan, request.models, features)
         with closing(DecodeSandbox(request.decode_limits)) as decoder:
             job = make_job(task, storage, plan, encoders, decoder)
-            if team.is_one:
-                return encode_cache(job, progress, RunLog(storage, device))
-            return encode_together(job, task, team)
+            if not team.is_one:
+                return encode_together(job, task, team)
+            encode = encode_cache if task.crowd == 1 else encode_in_crowd
+            return encode(job, progress, RunLog(storage, device))
 
 
-def _parse_format(text: str | None) -> CacheFormat | None:
-    choice: CacheFormat | None = None if text is None else parse_choice("--format", text, get_args(CacheFormat))
-    return choice
+def _task_maker(
+    request: EncodeRequest, features: tuple[FeatureName, ...], slurm: "SlurmTask | None", *, decode_workers: int
+) -> "Callable[[int], WorkerTask]":
+    """Check what is left to check of a request; the rest of its task follows from the number of shards."""
+    from mimir_precompute.worker_task import WorkerTask
+
+    on_mismatch: Literal["error", "new"] = parse_choice("--on-mismatch", request.on_mismatch, ("error", "new"))
+    data_format: CacheFormat | None = None
+    if request.output_format is not None:
+        data_format = parse_choice("--format", request.output_format, get_args(CacheFormat))
+
+    def make_task(num_shards: int) -> WorkerTask:
+        own_shards = () if slurm is None else slurm.own_shards(num_shards)
+        return WorkerTask(
+            cache=request.cache,
+            models=request.models,
+            features=features,
+            shards=own_shards if request.team.only_own_shards else parse_shards(request.shards, num_shards),
+            begin_with=frozenset(own_shards),
+            crowd=1 if slurm is None else slurm.count,
+            data_format=data_format,
+            on_mismatch=on_mismatch,
+            decode_workers=decode_workers,
+            decode_limits=request.decode_limits,
+            max_quarantined=request.max_quarantined,
+            accept_quarantine=request.accept_quarantine,
+        )
+
+    return make_task
 
 
 def _check_before_planning(

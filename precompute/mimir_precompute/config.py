@@ -245,6 +245,8 @@ class TeamOptions:
     """A number, or auto: one for each GPU."""
     place: tuple[str, ...] = ()
     """FEATURE=WORKERS each."""
+    only_own_shards: bool = False
+    """Of a Slurm task: leave the others' shards alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

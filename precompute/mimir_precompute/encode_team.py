@@ -13,7 +13,7 @@ from mimir_precompute.placement import Placement, features_of, parse_placement, 
 from mimir_precompute.team import BACKOFF_S, RunningWorker, Team
 from mimir_precompute.team_view import TeamView
 from mimir_precompute.termination import when_stopped
-from mimir_precompute.together import SharedWork
+from mimir_precompute.together import SharedWork, work_left
 from mimir_precompute.worker_task import WorkerTask
 from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder
@@ -134,10 +134,8 @@ def _works(job: EncodeJob, fingerprints: Mapping[FeatureName, str]) -> tuple[dic
     lacking = False
     for feature in job.features:
         folder = FeatureFolder(job.storage, feature, fingerprints[feature])
-        done = folder.generations()
-        sizes = {shard: job.plan.file_of(shard).num_clips(shard) for shard in job.shards if shard not in done}
-        works[feature] = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations={})
-        lacking = lacking or bool(sizes) or lacks_empty_prompt(folder, done)
+        works[feature] = work_left(folder, job.plan, job.shards)
+        lacking = lacking or bool(works[feature].clips_of_shard) or lacks_empty_prompt(folder, folder.generations())
     return works, lacking
 
 

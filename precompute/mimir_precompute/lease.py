@@ -14,7 +14,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from types import TracebackType
@@ -31,18 +31,24 @@ from mimir_shared.lease_store import HeldLease, LeaseStore
 from mimir_shared.storage import machine_faults
 
 _EXAMINED_AT_ONCE: Final = 8
+_EXAMINED_AT_START: Final = 64
 SLOW_MEDIANS: Final = 2.0
 """A shard that was leased for so many times what this worker takes for one, in the median, may be made once more."""
 _FEWEST_MEASURED: Final = 3
 """Shards that a worker must have made before it knows how long one takes."""
 
 
-def all_leases(store: LeaseStore) -> Iterator[SeenLease]:
-    """Every lease of a cache."""
+def all_leases(store: LeaseStore, *, at_most: int | None = None) -> Iterator[SeenLease]:
+    """Every lease of a cache.
+
+    Args:
+        at_most: so many of each feature, chosen by chance.
+    """
     for feature in FEATURES:
         for fingerprint in store.list(f"leases/{feature}"):
             directory = lease_directory(feature, fingerprint)
-            for name in store.list(directory):
+            names = store.list(directory)
+            for name in names if at_most is None or len(names) <= at_most else random.sample(names, at_most):
                 seen = read_lease(store, f"{directory}/{name}")
                 if seen is not None:
                     yield seen
@@ -116,9 +122,12 @@ class Leases:
         return True
 
     def remove_abandoned(self) -> None:
-        """Remove the leases of processes that died on this machine, committed shards' among them."""
+        """Remove leases of processes that died on this machine, committed shards' among them.
+
+        Of very many leases some are looked at: thousands of workers that start must not each read all.
+        """
         with machine_faults(f"{self.store.root}/leases: removing those of dead processes"):
-            for lease in all_leases(self.store):
+            for lease in all_leases(self.store, at_most=_EXAMINED_AT_START):
                 if lease.is_dead:
                     take_over(self.store, lease)
 
@@ -183,6 +192,7 @@ class ShardClaims:
         generations: shard → the generation that is to be made, for shards that are made again.
         needs: folders of features that must have a shard before this feature can be made of it.
         needs_will_come: whether other workers see to those, though none may be at it just now.
+        begin_with: shards that this worker takes before others, in order.
         say: told once, when all that is left is in the hands of other workers.
         poll_s: how often to look while waiting; None: as the store of the leases has it.
     """
@@ -196,6 +206,7 @@ class ShardClaims:
         generations: Mapping[int, int] | None = None,
         needs: Sequence[FeatureFolder] = (),
         needs_will_come: bool = False,
+        begin_with: Collection[int] = (),
         say: Callable[[str], None] = lambda _: None,
         poll_s: float | None = None,
         choose: random.Random | None = None,
@@ -206,6 +217,7 @@ class ShardClaims:
         self._generations = generations or {}
         self._needs = tuple(needs)
         self._needs_will_come = needs_will_come
+        self._begin_with = frozenset(begin_with)
         self._say = say
         self._poll_s = leases.store.poll_s if poll_s is None else poll_s
         self._store = leases.store
@@ -303,8 +315,10 @@ class ShardClaims:
 
     def _in_my_order(self, shards: list[int], *, alone: bool) -> Iterable[int]:
         # Workers that start together begin at different places; one that is alone goes from the first on.
-        start = 0 if alone or not shards else self._random.randrange(len(shards))
-        return shards[start:] + shards[:start]
+        first = [shard for shard in shards if shard in self._begin_with]
+        others = [shard for shard in shards if shard not in self._begin_with]
+        start = 0 if alone or not others else self._random.randrange(len(others))
+        return first + others[start:] + others[:start]
 
     def _with_needs(self, shards: list[int]) -> list[int]:
         for folder in self._needs:

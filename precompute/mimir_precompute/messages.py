@@ -62,6 +62,8 @@ def describe_outcome(cache: str, outcome: EncodeOutcome) -> str:
         lines.append(f"quarantined: {shown}{more}")
     if outcome.snapshot is not None:
         lines.append(f"{cache}: complete, snapshot {outcome.snapshot.digest[:12]} with {outcome.snapshot.clips} clips")
+    elif outcome.others_conclude:
+        lines.append(f"{cache}: complete; another worker writes the snapshot")
     else:
         lines.append(f"{cache}: not complete yet; other shards or features are missing")
     return "\n".join(lines)

@@ -37,7 +37,7 @@ from mimir_precompute.quarantine import refuse_large_share, refuse_mass_loss, un
 from mimir_precompute.remake import Remake, Remaking
 from mimir_precompute.seen_lease import HEARTBEAT_S
 from mimir_precompute.shard_writer import ShardWriter
-from mimir_precompute.together import SharedWork
+from mimir_precompute.together import SharedWork, work_left
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import fingerprint
@@ -95,6 +95,10 @@ class EncodeJob:
     """How often this worker tells the others that it lives."""
     others_make: frozenset[FeatureName] = frozenset()
     """Features that other workers of the same run see to: what is made from them waits for them."""
+    begin_with: frozenset[int] = frozenset()
+    """Shards that this worker makes before others."""
+    poll_s: float | None = None
+    """How often it looks, at most, while others have all that is left; None: as the storage has it."""
 
 
 @dataclass(kw_only=True)
@@ -117,6 +121,8 @@ class EncodeOutcome:
     """Of the whole cache; None while shards are missing."""
     quarantined: dict[str, str] = field(default_factory=dict)
     """key → "stage: reason", for every clip in the job's shards that is not ok in every feature."""
+    others_conclude: bool = False
+    """All is done, and another worker is about to judge it and write the snapshot."""
 
     @property
     def nothing_to_do(self) -> bool:
@@ -219,12 +225,8 @@ def asked_identities(
 
 def missing_clips(job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec]) -> dict[FeatureName, int]:
     """How many clips of the job's shards each of its features lacks."""
-    sizes = {shard: job.plan.file_of(shard).num_clips(shard) for shard in job.shards}
-    missing = {}
-    for feature in job.features:
-        done = FeatureFolder(job.storage, feature, specs[feature].fingerprint).generations()
-        missing[feature] = sum(clips for shard, clips in sizes.items() if shard not in done)
-    return missing
+    folders = [FeatureFolder(job.storage, feature, specs[feature].fingerprint) for feature in job.features]
+    return {folder.feature: sum(work_left(folder, job.plan, job.shards).clips_of_shard.values()) for folder in folders}
 
 
 def encode_feature(
@@ -259,6 +261,8 @@ def encode_feature(
         generations=generations,
         needs=[] if answers is None else [answers],
         needs_will_come="answers" in job.others_make,
+        begin_with=job.begin_with,
+        poll_s=job.poll_s,
         say=progress.say,
     )
     shared = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations=generations)

@@ -27,7 +27,7 @@ from mimir_shared.storage_protocol import Storage
 _LIBRARIES = ("mimir-t2v", "torch", "transformers", "diffusers", "tokenizers", "av", "numpy")
 
 
-_LOGS_LOOKED_AT = 200
+_LOGS_LOOKED_AT = 50
 """Of the newest; a feature that none of them has made is not compared with anything."""
 
 
@@ -50,7 +50,7 @@ class RunLog:
     """One JSON-lines file per call of `encode`, opened at its first line: a call without work leaves none."""
 
     def __init__(self, storage: Storage, device: str) -> None:
-        started = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         self._storage = storage
         self._name = f"logs/encode-{started}-{os.getpid()}-{uuid.uuid4().hex[:6]}.jsonl"
         self._device = device
@@ -88,10 +88,11 @@ class RunLog:
         )
 
     def _made_with_last(self, feature: str, fingerprint: str) -> dict[str, Any] | None:
-        logs = [file for file in self._storage.files("logs") if re.fullmatch(r"logs/encode-.*\.jsonl", file.name)]
-        others = [file for file in logs if file.name != self._name]
-        for file in sorted(others, key=lambda file: file.modified_s, reverse=True)[:_LOGS_LOOKED_AT]:
-            for line in reversed(self._storage.read(file.name).decode(errors="replace").splitlines()):
+        logs = [name for name in self._storage.list("logs") if re.fullmatch(r"encode-.*\.jsonl", name)]
+        others = [name for name in (f"logs/{log}" for log in logs) if name != self._name]
+        # the newest by the time in their names: to ask for that of each file is too much for thousands of workers
+        for name in sorted(others, reverse=True)[:_LOGS_LOOKED_AT]:
+            for line in reversed(self._storage.read(name).decode(errors="replace").splitlines()):
                 with suppress(ValueError):  # the last line of a worker that was killed may be cut
                     event = json.loads(line)
                     wanted = {"event": "feature", "feature": feature, "fingerprint": fingerprint}

@@ -1,11 +1,12 @@
 """One feature as all its workers make it: what is committed, whoever did it, and what each says of itself."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mimir_precompute.pace import rate_together, time_left_s
 from mimir_precompute.workers import SeenWorker, WorkerReport, read_workers
 from mimir_shared.feature_folder import FeatureFolder
+from mimir_shared.plan_file import Plan
 from mimir_shared.storage_protocol import Storage
 from mimir_shared.wording import describe_duration, format_size
 
@@ -37,6 +38,13 @@ class Together:
     clips_per_s: float | None
     nbytes: int
     quarantined: int
+
+
+def work_left(folder: FeatureFolder, plan: Plan, shards: Iterable[int]) -> SharedWork:
+    """Those of some shards that a feature lacks now."""
+    done = folder.generations()
+    sizes = {shard: plan.file_of(shard).num_clips(shard) for shard in shards if shard not in done}
+    return SharedWork(storage=folder.storage, folder=folder, clips_of_shard=sizes, generations={})
 
 
 def workers_at(shared: SharedWork) -> list[SeenWorker]:

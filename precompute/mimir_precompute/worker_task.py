@@ -7,6 +7,7 @@ from typing import Literal
 
 from mimir_precompute.clips import ClipDecoder
 from mimir_precompute.config import DecodeLimits, ModelOptions
+from mimir_precompute.crowd import poll_s
 from mimir_precompute.decode_sandbox import DecodeSandbox
 from mimir_precompute.open_encoders import open_encoders
 from mimir_precompute.pipeline import EncodeJob, EncoderSource, FeatureOutcome, encode_features, open_features
@@ -40,6 +41,9 @@ class WorkerTask:
     decode_limits: DecodeLimits
     max_quarantined: float
     accept_quarantine: bool
+    begin_with: frozenset[int] = frozenset()
+    crowd: int = 1
+    """Workers that may be at this cache, as far as is known."""
 
 
 def make_job(
@@ -59,6 +63,8 @@ def make_job(
         decode_workers=task.decode_workers,
         decoder=decoder,
         others_make=task.others_make,
+        begin_with=task.begin_with,
+        poll_s=poll_s(task.crowd, storage.lease_store().poll_s),
     )
 
 
