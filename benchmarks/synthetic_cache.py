@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,9 +27,30 @@ from mimir_shared.storage import LocalStorage
 BUCKET: Final = "49x480x720"
 LATENTS: Final = (16, 13, 60, 90)
 """(C, T, h, w) of the means of a 49x480x720 clip: 2.2 MB in bfloat16."""
-T5_WIDTH, LLM_WIDTH, INSTRUCTIONS = 4096, 3072, 4
-MOST_T5_ROWS, MOST_LLM_ROWS = 160, 80
-"""Text is ragged: from a few rows to so many, half of it on average."""
+INSTRUCTIONS: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSizes:
+    """What a clip of a cache is made of. Text is ragged: from a few rows to so many, half of it on average."""
+
+    bucket: str = BUCKET
+    latents: tuple[int, int, int, int] = LATENTS
+    """(C, T, h, w) of what is kept: of means C is that of the model, of moments twice that."""
+    latents_name: str = "vae_mean"
+    max_length: int = 226
+    most_t5_rows: int = 160
+    most_llm_rows: int = 80
+    t5_width: int = 4096
+    llm_width: int = 3072
+
+
+REAL: Final = SampleSizes()
+TINY: Final = SampleSizes(
+    bucket="9x64x96", latents=(16, 3, 16, 24), latents_name="vae_moments", max_length=64, most_t5_rows=64,
+    most_llm_rows=32, t5_width=64, llm_width=64,
+)  # fmt: skip
+"""Of the preset `tiny` with the toy models."""
 
 
 def describe_plan(num_clips: int, shard_size: int, bucket: str = BUCKET) -> tuple[PlanSettings, dict[str, list[Any]]]:
@@ -54,42 +76,45 @@ def describe_plan(num_clips: int, shard_size: int, bucket: str = BUCKET) -> tupl
     return settings, columns
 
 
-def identity_of(feature: FeatureName) -> dict[str, Any]:
+def identity_of(feature: FeatureName, of: SampleSizes = REAL) -> dict[str, Any]:
     """As spec.json has it, as far as the reader looks."""
 
     def tensor(name: str, dims: str, *sizes: int | None) -> dict[str, Any]:
         return {"name": name, "dtype": "bf16", "dims": dims.split(), "sizes": list(sizes), "channel_dim": None}
 
     tensors: dict[FeatureName, Any] = {
-        "latents": {BUCKET: [tensor("vae_mean", "C T h w", *LATENTS)]},
-        "t5": [tensor("t5_embeds", "L D", None, T5_WIDTH)],
+        "latents": {of.bucket: [tensor(of.latents_name, "C T h w", *of.latents)]},
+        "t5": [tensor("t5_embeds", "L D", None, of.t5_width)],
         "answers": [],
         "llm": [
-            tensor("answer_hidden_0", "A H", None, LLM_WIDTH),
-            tensor("instruction_hidden_0", "K H", INSTRUCTIONS, LLM_WIDTH),
-            tensor("query_hidden", "M H", None, LLM_WIDTH),
+            tensor("answer_hidden_0", "A H", None, of.llm_width),
+            tensor("instruction_hidden_0", "K H", INSTRUCTIONS, of.llm_width),
+            tensor("query_hidden", "M H", None, of.llm_width),
         ],
     }
-    return {"feature": feature, "model": {"name": "synthetic"}, "max_length": 226, "tensors": tensors[feature]}
+    model = {"name": "synthetic"}
+    return {"feature": feature, "model": model, "max_length": of.max_length, "tensors": tensors[feature]}
 
 
 class RandomFeatures:
     """Cuts tensors out of one pool of random numbers: making fresh ones would take longer than all that is measured."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, sizes: SampleSizes = REAL, seed: int = 0) -> None:
+        self._sizes = sizes
         self._rng = np.random.default_rng(seed)
         self._pool = float32_to_bf16_bits(self._rng.standard_normal(4_000_000, dtype=np.float32))
 
     def make(self, feature: FeatureName) -> Encoded:
+        sizes = self._sizes
         if feature == "latents":
-            return Encoded(tensors={"vae_mean": self._tensor(*LATENTS)})
+            return Encoded(tensors={sizes.latents_name: self._tensor(*sizes.latents)})
         if feature == "t5":
-            return Encoded(tensors={"t5_embeds": self._tensor(self._rows(MOST_T5_ROWS), T5_WIDTH)})
+            return Encoded(tensors={"t5_embeds": self._tensor(self._rows(sizes.most_t5_rows), sizes.t5_width)})
         return Encoded(
             tensors={
-                "query_hidden": self._tensor(self._rows(MOST_LLM_ROWS), LLM_WIDTH),
-                "answer_hidden_0": self._tensor(self._rows(MOST_LLM_ROWS), LLM_WIDTH),
-                "instruction_hidden_0": self._tensor(INSTRUCTIONS, LLM_WIDTH),
+                "query_hidden": self._tensor(self._rows(sizes.most_llm_rows), sizes.llm_width),
+                "answer_hidden_0": self._tensor(self._rows(sizes.most_llm_rows), sizes.llm_width),
+                "instruction_hidden_0": self._tensor(INSTRUCTIONS, sizes.llm_width),
             }
         )
 
@@ -104,18 +129,18 @@ class RandomFeatures:
 
 def build_cache(
     root: Path, num_clips: int, *, shard_size: int, data_format: CacheFormat,
-    features: Sequence[FeatureName] = ("latents", "t5", "llm"),
+    features: Sequence[FeatureName] = ("latents", "t5", "llm"), sizes: SampleSizes = REAL,
 ) -> Path:  # fmt: skip
     """Write a cache through the code that stage one writes with."""
     root.mkdir(parents=True)
     storage = LocalStorage(root)
-    settings, columns = describe_plan(num_clips, shard_size)
+    settings, columns = describe_plan(num_clips, shard_size, sizes.bucket)
     storage.create("plan/0000.parquet", write_plan(settings, columns, None))
     plan = read_plan(storage)
-    random = RandomFeatures()
+    random = RandomFeatures(sizes)
     folders = {}
     for feature in features:
-        identity = identity_of(feature)
+        identity = identity_of(feature, sizes)
         spec = FeatureSpec(feature=feature, fingerprint=fingerprint(identity), format=data_format, identity=identity)
         storage.create(spec_name(feature, spec.fingerprint), spec.model_dump_json().encode())
         folders[feature] = FeatureFolder(storage, feature, spec.fingerprint)
@@ -124,7 +149,9 @@ def build_cache(
                 writer = ShardWriter(shard_format)
                 for clip in plan.shard_clips(shard):
                     bucket = clip.bucket if feature == "latents" else None
-                    writer.add(clip, random.make(feature), spec.tensor_specs(BUCKET), bucket=bucket, source_xxh3=None)
+                    writer.add(
+                        clip, random.make(feature), spec.tensor_specs(sizes.bucket), bucket=bucket, source_xxh3=None
+                    )
                 commit_shard(
                     folders[feature], writer.finish(), data_format=data_format, shard=shard,
                     fingerprint=spec.fingerprint, plan_seal=plan.file_of(shard).seal,
