@@ -158,7 +158,7 @@ def bare_step(fitted: FittedRun, batch: TrainingBatch) -> Callable[[], None]:
     torch.manual_seed(0)
     model = TrainedModel(DiT(fitted.initial.config), TokenFuser(fitted.fuser))
     optimizer = build_optimizer(fitted.config.optimizer, model.dit, model.fuser)
-    noisy_latents = _clean_latents(batch)
+    noisy_latents = _moments(batch)[0].contiguous()
     target, timesteps = torch.randn_like(noisy_latents), torch.randint(0, 1000, (BATCH,))
 
     def step() -> None:
@@ -172,7 +172,7 @@ def diffusers_step(fitted: FittedRun, batch: TrainingBatch) -> Callable[[], None
     """Of diffusers' model, with torch's AdamW as ours is set up."""
     model, tokens = diffusers_model(fitted), _text_tokens(batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
-    noisy_latents = _clean_latents(batch).transpose(1, 2).contiguous()  # (B, T, C, h, w)
+    noisy_latents = _moments(batch)[0].transpose(1, 2).contiguous()  # (B, T, C, h, w)
     target, timesteps = torch.randn_like(noisy_latents), torch.randint(0, 1000, (BATCH,))
 
     def step() -> None:
@@ -194,7 +194,7 @@ def plain_step(fitted: FittedRun, batches: list[TrainingBatch]) -> Callable[[], 
 
     def step() -> None:
         batch = batches[next(numbers) % len(batches)]
-        mean, log_variance = batch.latents.float().chunk(2, dim=1)
+        mean, log_variance = _moments(batch)
         latents = (mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)).transpose(1, 2)  # (B, T, C, h, w)
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (BATCH,))
         kept = torch.rand(BATCH) >= 0.1
@@ -223,8 +223,11 @@ def _learn(loss: Tensor, optimizer: torch.optim.Optimizer, clipped: list[nn.Para
     optimizer.zero_grad(set_to_none=True)
 
 
-def _clean_latents(batch: TrainingBatch) -> Tensor:
-    return batch.latents.float().chunk(2, dim=1)[0].contiguous()  # (B, C, T, h, w)
+def _moments(batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance: (B, C, T, h, w) float32 twice."""
+    assert isinstance(batch.latents, Tensor), "of one bucket"
+    mean, log_variance = batch.latents.float().chunk(2, dim=1)
+    return mean, log_variance
 
 
 def _text_tokens(batch: TrainingBatch) -> Tensor:

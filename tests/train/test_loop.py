@@ -16,13 +16,11 @@ from mimir_shared.errors import CacheError, InputError, NonFiniteLossError
 from mimir_shared.fingerprint import differences
 from mimir_train.cache_reader import open_cache
 from mimir_train.checkpoint import read_checkpoint_info
-from mimir_train.config_document import overlay, train_config
-from mimir_train.fit import fit
+from mimir_train.config_document import train_config
 from mimir_train.loop import TrainOutcome, train
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.order import TrainingOrder
-from mimir_train.presets import preset_document
 from mimir_train.transformer_folder import save_transformer
 from tests.train.caches import (
     CHANNELS,
@@ -316,29 +314,6 @@ def test_a_fuser_that_needs_llm_is_refused_on_a_cache_without(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"--fuser mimir reads the feature `llm`, which .* does not have"):
         train(tiny_config(cache, tmp_path / "run"))
     assert train(tiny_config(cache, tmp_path / "run", model__fuser="baseline", run__max_train_steps=1)).steps_done == 1
-
-
-def test_a_transformer_that_does_not_fit_is_refused_before_it_is_built(small_cache: Path, tmp_path: Path) -> None:
-    def refused(**sizes: int) -> CacheError:
-        folder = save_random_transformer(tmp_path / "-".join(sizes), **sizes)
-        config = tiny_config(small_cache, tmp_path / "run", model__init_from=str(folder), model__fit_to_cache=False)
-        with pytest.raises(CacheError) as caught:
-            fit(config, open_cache(str(small_cache)))
-        return caught.value
-
-    channels = refused(in_channels=16, out_channels=16)
-    assert "latents have 4 channels, but the transformer" in str(channels)
-    assert channels.exit_code == 4
-    assert "t5_embeds are 16 wide, but the transformer" in str(refused(text_embed_dim=32))
-    assert "cannot be cut into patches of 16" in str(refused(patch_size=16))
-
-
-def test_the_preset_of_another_model_is_refused_before_anything_is_fetched(small_cache: Path, tmp_path: Path) -> None:
-    given = {"data": {"cache": str(small_cache)}, "run": {"output_dir": str(tmp_path / "run")}}
-    with pytest.raises(
-        CacheError, match=r"latents have 4 channels, but the transformer \(THUDM/CogVideoX-2b\) takes 16"
-    ):
-        fit(train_config(overlay(preset_document("cogvideox-2b"), given)), open_cache(str(small_cache)))
 
 
 def test_training_goes_on_from_a_diffusers_folder(small_cache: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def find_layout(cache: Cache, *, llm: bool, text_align: TextAlign = "index") -> 
     llm_sizes = {}
     if llm:
         llm_sizes = {spec.name: spec.sizes for spec in cache.spec("llm").tensor_specs(buckets[0])}
-    instructions = llm_sizes.get("instruction_hidden_0", (None, None))
+    instructions = llm_sizes.get("instruction_hidden_0", (None,))
     return FeatureLayout(
         latents=latents,
         latent_channels=channels.pop(),
@@ -80,7 +80,7 @@ def find_layout(cache: Cache, *, llm: bool, text_align: TextAlign = "index") -> 
         t5_rows=int(num_rows),
         text_width=int(text_width or 0),
         llm=llm,
-        llm_width=instructions[1],
+        llm_width=llm_sizes.get("query_hidden", (None, None))[1],
         num_instructions=instructions[0],
         num_variants=max(1, sum(name.startswith("answer_hidden_") for name in llm_sizes)),
         text_align=text_align,

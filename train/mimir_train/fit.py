@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.wording import noun_for
-from mimir_train.batch import FeatureLayout, find_layout
+from mimir_train.batch import FeatureLayout, batch_requests, find_layout, read_empty_text
 from mimir_train.cache_reader import Cache
 from mimir_train.config import SCRATCH, ModelConfig, TrainConfig
 from mimir_train.held_out import held_out_shards
 from mimir_train.initial_transformer import InitialTransformer, find_initial_transformer, is_hub_id
 from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig
+from mimir_train.objective import TextFeatures
 from mimir_train.presets import PRESETS, VAE_SCALING_FACTORS
 
 
@@ -29,6 +30,8 @@ class FittedRun:
     """Of the cached latents, unscaled."""
     held_out: tuple[int, ...]
     """Shards that are never trained on."""
+    empty_text: TextFeatures | None
+    """What dropped text becomes; None: zeros."""
 
 
 def fit(config: TrainConfig, cache: Cache, initial: InitialTransformer | None = None) -> FittedRun:
@@ -37,9 +40,10 @@ def fit(config: TrainConfig, cache: Cache, initial: InitialTransformer | None = 
     Args:
         initial: the transformer of a run that goes on; None: find that of the config.
     Raises: InputError where the fuser needs `llm` and the cache has none; CacheError where latents or text are not
-        of the transformer's size, or were made by a VAE of another scale.
+        of the transformer's size, were made by a VAE of another scale, or lack a tensor that is read.
     """
     layout = find_layout(cache, llm=_reads_llm(config.model, cache), text_align=config.model.text_align)
+    check_tensors(layout, cache)
     if config.data.answer_variant != "fixed" and layout.llm and layout.num_variants == 1:
         raise InputError(
             f"--answer-variant {config.data.answer_variant}: {cache.storage.root} holds one answer to each prompt; "
@@ -71,7 +75,21 @@ def fit(config: TrainConfig, cache: Cache, initial: InitialTransformer | None = 
         layout=layout,
         latents_std=latents_std,
         held_out=held_out,
+        empty_text=read_empty_text(cache, layout) if config.data.empty_text == "cached" else None,
     )
+
+
+def check_tensors(layout: FeatureLayout, cache: Cache) -> None:
+    """Raise CacheError where a feature lacks a tensor that batches are made of."""
+    for request in batch_requests(layout):
+        for bucket in cache.snapshot.buckets:
+            there = [spec.name for spec in cache.spec(request.feature).tensor_specs(bucket)]
+            missing = [name for name in request.variants or (request.name,) if name not in there]
+            if missing:
+                raise CacheError(
+                    f"{cache.storage.root}: `{request.feature}` has no {missing[0]}, which training reads; it has "
+                    f"{', '.join(there)}: encode `{request.feature}` anew, with --on-mismatch new to keep what is there"
+                )
 
 
 def fit_transformer(config: DiTConfig, layout: FeatureLayout) -> DiTConfig:
@@ -183,6 +201,12 @@ def describe_fit(fitted: FittedRun, cache: Cache) -> list[str]:
         )
     if fitted.config.ema.profiles:
         more.append(f"averages of the weights: {', '.join(profile.name for profile in fitted.config.ema.parsed)}")
+    rows = fitted.layout.t5_rows
+    if model.init_from != SCRATCH and rows != model.transformer.max_text_seq_length:
+        more.append(
+            f"note: the transformer ({model.init_from}) was trained on {model.transformer.max_text_seq_length} rows of "
+            f"text, pad rows among them, and the cache has {rows}: encode `t5` with as many, or let it adapt"
+        )
     return [
         f"snapshot {cache.snapshot.digest[:12]}: {len(cache)} clips in {cache.num_shards} "
         f"{noun_for(cache.num_shards, 'shard')}, {held_out if fitted.held_out else 'no shard held out for validation'}",

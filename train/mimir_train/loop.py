@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mimir_train.answer_variants import VariantChoice
 from mimir_train.attention_choice import check_attention
 from mimir_train.bad_samples import BadSampleLog
-from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step, read_empty_text
+from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step
 from mimir_train.build_model import build_model
 from mimir_train.build_order import build_order, order_settings
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
@@ -186,7 +186,7 @@ def build_trainer(fitted: FittedRun, cache: Cache, order: ClipOrder, parallel: P
         seed=config.run.seed,
         latent_scaling_factor=config.model.latent_scaling_factor,
         text_dropout=config.objective.text_dropout,
-        empty_text=read_empty_text(cache, layout) if config.data.empty_text == "cached" else None,
+        empty_text=fitted.empty_text,
         precision=config.run.precision,
     )
     loader = BatchLoader(
