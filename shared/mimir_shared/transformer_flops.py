@@ -8,7 +8,8 @@ Norms, softmax, activations and the token fuser are left out: at the sizes of Co
 
 Training takes three times the forward: the backward pass makes a gradient of the weights and one of the inputs, each
 as large as the product itself. What activation checkpointing computes again is not counted, so that utilisation tells
-how fast the model is trained and not how busy the device is kept.
+how fast the model is trained and not how busy the device is kept. Weights that are frozen beside adapters want no
+gradient of their own; what the adapters themselves take is left out, of rank R about R/D of the rest.
 """
 
 from dataclasses import dataclass
@@ -79,6 +80,14 @@ def forward_flops(sizes: TransformerSizes, latent_size: LatentSize, num_text_tok
     )
 
 
-def training_flops(sizes: TransformerSizes, latent_size: LatentSize, num_text_tokens: int) -> int:
-    """Operations of one clip's forward and backward; see the head of this module for what is counted."""
-    return TRAINING_FACTOR * forward_flops(sizes, latent_size, num_text_tokens).total
+def training_flops(
+    sizes: TransformerSizes, latent_size: LatentSize, num_text_tokens: int, *, frozen: bool = False
+) -> int:
+    """Operations of one clip's forward and backward; see the head of this module for what is counted.
+
+    Args:
+        frozen: adapters are trained, and the transformer's own weights are not.
+    """
+    forward = forward_flops(sizes, latent_size, num_text_tokens)
+    weight_gradients = forward.linear + forward.ends if frozen else 0  # those that are not wanted
+    return TRAINING_FACTOR * forward.total - weight_gradients

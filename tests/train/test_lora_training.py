@@ -137,6 +137,20 @@ def test_adapters_are_trained_alike_by_any_ranks(small_cache: Path, base: Path, 
                 torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kept", ["selective", "full"])
+def test_adapters_train_alike_when_activations_are_computed_again(
+    small_cache: Path, base: Path, tmp_path: Path, adapted: Path, kept: str
+) -> None:
+    train(
+        lora_run(small_cache, base, tmp_path / "run", parallel__activation_checkpointing=kept, run__max_train_steps=4)
+    )
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(adapted)[:4], abs=1e-6)
+    assert all(
+        tensor.any() for name, tensor in tensors_of(tmp_path / "run/checkpoints/step-00000004", "model").items()
+        if "lora_B" in name
+    )  # fmt: skip
+
+
 def test_adapters_on_nothing_or_on_what_is_not_there_are_refused(small_cache: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--lora-rank: adapters want a transformer that was trained"):
         tiny_config(small_cache, tmp_path / "run", model__lora__rank=2)

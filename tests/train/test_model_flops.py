@@ -1,11 +1,15 @@
 """What MFU is made of: the operations of our transformer as torch counts them, and the peaks of devices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mimir_shared.transformer_flops import COGVIDEOX_2B, COGVIDEOX_5B, forward_flops, training_flops
+from mimir_train.config import LoraConfig
+from mimir_train.lora import add_adapters
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.model_flops import device_peak_tflops, transformer_sizes
@@ -27,9 +31,11 @@ def _config(*, rotary: bool) -> DiTConfig:
     )
 
 
-def _run(config: DiTConfig, *, backward: bool) -> int:
+def _run(config: DiTConfig, *, backward: bool, lora: LoraConfig | None = None) -> int:
     """Operations of forward (and backward) of a batch, as torch counts matrix products."""
     model = DiT(config)
+    if lora is not None:
+        add_adapters(model, lora)
     latents = torch.randn(BATCH, config.in_channels, *LATENT_SIZE, requires_grad=True)
     text = torch.randn(BATCH, TEXT_TOKENS, config.text_embed_dim, requires_grad=True)
     # as plain products: torch's fused kernels compute the scores again in backward, and are counted so
@@ -52,6 +58,13 @@ def test_backward_takes_twice_the_forward_but_for_the_gradient_of_the_timesteps(
     expected = BATCH * training_flops(transformer_sizes(config), LATENT_SIZE, TEXT_TOKENS)
     without = 2 * BATCH * config.width * config.time_embed_dim  # timesteps are numbers: nothing learns from them
     assert _run(config, backward=True) == expected - without
+
+
+def test_frozen_weights_have_no_gradient_to_count() -> None:
+    config = replace(_config(rotary=True), num_attention_heads=12)
+    expected = BATCH * training_flops(transformer_sizes(config), LATENT_SIZE, TEXT_TOKENS, frozen=True)
+    assert _run(config, backward=True, lora=LoraConfig(rank=1)) == pytest.approx(expected, rel=0.02)
+    assert _run(config, backward=True) > 1.3 * expected
 
 
 def test_sizes_of_the_presets_are_those_that_the_estimates_use() -> None:

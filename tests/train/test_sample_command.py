@@ -13,6 +13,11 @@ from PIL import Image
 from mimir_shared.errors import CacheError, InputError, MimirError
 from mimir_train import frozen_models, sample_files
 from mimir_train import sample as sample_module
+from mimir_train.adapter_base import record_adapters
+from mimir_train.config import LoraConfig
+from mimir_train.lora import adapter_parameters, add_adapters, merge_adapters
+from mimir_train.trained_model import TrainedModel
+from mimir_train.transformer_folder import save_transformer
 from mimir_train.video_check import plays
 from tests.train.hand_made_checkpoint import (
     command,
@@ -216,6 +221,51 @@ def test_stabilizer_tokens_are_there_only_if_the_last_trained_step_had_them(
         model = random_model("mimir", stabilizer_start_step=20)
         folder = write_checkpoint(tmp_path, recorded, model, step=step)
         assert open_checkpoint(folder, print).appends_stabilizer is expected
+
+
+def test_the_average_is_sampled_unless_raw_weights_are_asked_for(
+    recorded: dict[str, Any], baseline_run: Path, models: Path, tmp_path: Path, pixels: dict[Path, list[np.ndarray]]
+) -> None:
+    average = random_model("baseline")
+    torch.nn.init.normal_(average.dit.proj_out.weight, std=0.1)
+    features = {name: recorded[name] for name in ("latents", "t5")}
+    write_checkpoint(tmp_path / "run", features, random_model("baseline"), average=average)
+    write_checkpoint(tmp_path / "alone", features, average)
+    sample(tmp_path / "run", models, tmp_path / "auto", "--prompt", CAT)
+    sample(tmp_path / "run", models, tmp_path / "raw", "--prompt", CAT, "--weights", "raw")
+    sample(tmp_path / "alone", models, tmp_path / "expected", "--prompt", CAT)
+    sample(baseline_run, models, tmp_path / "plain", "--prompt", CAT)
+    auto, raw, expected, plain = (
+        pixels[tmp_path / name / f"{CAT}-0.mp4"][0] for name in ("auto", "raw", "expected", "plain")
+    )
+    assert is_same(auto, expected)
+    assert is_same(raw, plain)
+    assert not is_same(auto, raw)
+    with pytest.raises(InputError, match="weights"):  # one folder holds videos of one kind
+        sample(tmp_path / "run", models, tmp_path / "raw", "--prompt", CAT, "--weights", "power:0.1")
+
+
+def test_adapters_are_sampled_on_their_base(
+    recorded: dict[str, Any], models: Path, tmp_path: Path, pixels: dict[Path, list[np.ndarray]]
+) -> None:
+    features = {name: recorded[name] for name in ("latents", "t5")}
+    lora = LoraConfig(rank=2)
+    model = random_model("baseline")
+    save_transformer(model.dit.config, model.dit.state_dict(), tmp_path / "base")
+    add_adapters(model.dit, lora)
+    for parameter in adapter_parameters(model.dit).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    record = record_adapters(lora, str(tmp_path / "base"), tmp_path / "base")
+    write_checkpoint(tmp_path / "run", features, model, adapters=record)
+    merge_adapters(model.dit)
+    write_checkpoint(tmp_path / "merged", features, TrainedModel(model.dit, model.fuser).requires_grad_(True))
+    sample(tmp_path / "merged", models, tmp_path / "expected", "--prompt", CAT)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"--base .*base: expected a diffusers folder"):
+        sample(tmp_path / "run", models, tmp_path / "found", "--prompt", CAT)
+    sample(tmp_path / "run", models, tmp_path / "found", "--prompt", CAT, "--base", str(tmp_path / "moved"))
+    found, expected = (pixels[tmp_path / name / f"{CAT}-0.mp4"][0] for name in ("found", "expected"))
+    assert is_same(found, expected)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class StepMeter:
 
     def __init__(self, config: TrainConfig, layout: FeatureLayout, fuser: FuserConfig, parallel: Parallel) -> None:
         self._sizes = transformer_sizes(config.model.transformer)
+        self._frozen = config.model.lora is not None
         self._layout = layout
         self._fuser = fuser
         self._tokens_per_pack = config.data.tokens_per_pack
@@ -47,7 +48,7 @@ class StepMeter:
         sizes = [self._layout.latent_sizes[clip.bucket] for clip in batch.clips]
         return RankLoad(
             tokens=sum(num_text + num_video_tokens(self._sizes, size) for size in sizes),
-            model_flops=float(sum(training_flops(self._sizes, size, num_text) for size in sizes)),
+            model_flops=float(sum(training_flops(self._sizes, size, num_text, frozen=self._frozen) for size in sizes)),
             data_wait_s=data_wait_s,
             forward_s=forward_s,
             memory_bytes=peak_memory_bytes(self._device),
