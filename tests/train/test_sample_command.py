@@ -263,6 +263,7 @@ def test_adapters_are_sampled_on_their_base(
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(InputError, match=r"--base .*base: expected a diffusers folder"):
         sample(tmp_path / "run", models, tmp_path / "found", "--prompt", CAT)
+    assert not (tmp_path / "found").exists()
     sample(tmp_path / "run", models, tmp_path / "found", "--prompt", CAT, "--base", str(tmp_path / "moved"))
     found, expected = (pixels[tmp_path / name / f"{CAT}-0.mp4"][0] for name in ("found", "expected"))
     assert is_same(found, expected)

@@ -19,7 +19,15 @@ from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.parallel import Parallel
-from mimir_train.sharding import Sharing, replicate_model, rows_held, settle_sharing, shard_model, write_held_rows
+from mimir_train.sharding import (
+    Sharing,
+    replicate_model,
+    rows_held,
+    settle_sharing,
+    shard_model,
+    state_bytes,
+    write_held_rows,
+)
 from mimir_train.trained_model import TrainedModel
 from mimir_train.transformer_folder import check_weights, read_rows
 
@@ -51,7 +59,7 @@ def build_model(fitted: FittedRun, parallel: Parallel, *, filled_later: bool) ->
     set_block_execution(
         model.dit, checkpointing=config.parallel.activation_checkpointing, compiled=config.parallel.compile
     )
-    sharing = settle_sharing(config.parallel, parallel, sum(p.numel() for p in model.parameters()))
+    sharing = settle_sharing(config.parallel, parallel, state_bytes(model, len(config.ema.profiles)))
     shard_model(model, sharing, parallel, config.run.precision)
     model.to_empty(device=parallel.device)
     if not filled_later or config.model.lora is not None:  # a checkpoint of adapters does not have their base

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -68,17 +69,26 @@ class OpenCheckpoint:
         """Whether the features of the empty prompt stood where text was dropped, and not zeros."""
         return self.info.text.empty_text == "cached"
 
-    def load_transformer(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiT:
-        """For inference, whole, whatever the ranks that saved it; adapters are merged into it.
+    def check_base(self) -> None:
+        """Look for what adapters stand on now, before anything is made. Raises as `base_folder`."""
+        assert self.base_folder is not None or self.info.lora is None
 
-        Raises: InputError, CacheError where the transformer that adapters stand on is not there, or is another.
+    @cached_property
+    def base_folder(self) -> Path | None:
+        """Of the transformer that adapters stand on, every byte of it compared; None where all of it was trained.
+
+        Raises: InputError, CacheError where it is not there, or is another.
         """
-        if self.info.lora is None:
+        lora = self.info.lora
+        return None if lora is None else find_base(lora.base, self.base, "--base", verify=True)
+
+    def load_transformer(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiT:
+        """For inference, whole, whatever the ranks that saved it; adapters are merged in. Raises as `base_folder`."""
+        if self.info.lora is None or self.base_folder is None:
             with torch.device("meta"):  # no time for an initialisation that is thrown away
                 dit = DiT(self.transformer)
             return self._load(dit, "dit", dtype, device)
-        folder = find_base(self.info.lora.base, self.base, "--base", verify=True)
-        dit = load_transformer(folder, device=device)
+        dit = load_transformer(self.base_folder, device=device)
         add_adapters(dit, lora_config(self.info.lora))
         self._fill({f"dit.{name}": parameter.detach() for name, parameter in adapter_parameters(dit).items()})
         merge_adapters(dit)

@@ -80,6 +80,7 @@ def sample_videos(request: SampleRequest, progress: Progress) -> SampleOutcome:
     make_scheduler(
         request.scheduler, checkpoint.info.objective.snr_shift_scale, request.num_inference_steps
     )  # refused before all else
+    checkpoint.check_base()
     frozen = FrozenModels(checkpoint.identities, checkpoint.text_features, request.locations, device)
     bucket, latent_shape = _choose_size(request, checkpoint, frozen, progress)
     size = tuple(int(part) for part in bucket.split("x"))

@@ -54,7 +54,14 @@ class Sharing:
         return f"{counted(world_size, 'rank')}, each with {share} ({self.strategy})"
 
 
-def settle_sharing(config: ParallelConfig, parallel: Parallel, num_parameters: int) -> Sharing:
+def state_bytes(model: nn.Module, num_averages: int) -> int:
+    """What a model in training takes without its activations: frozen parameters only themselves, float32."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    return trained * (_STATE_BYTES + 4 * num_averages) + frozen * 4
+
+
+def settle_sharing(config: ParallelConfig, parallel: Parallel, num_state_bytes: int) -> Sharing:
     """Choose where the settings leave it open.
 
     `auto` takes ddp while the states fit into half of a device's memory, else fsdp, and hsdp where several machines
@@ -68,7 +75,7 @@ def settle_sharing(config: ParallelConfig, parallel: Parallel, num_parameters: i
         fits = True
         if parallel.device.type == "cuda" and world_size > 1:
             memory_bytes = torch.cuda.get_device_properties(parallel.device).total_memory
-            fits = num_parameters * _STATE_BYTES <= _DDP_SHARE * memory_bytes
+            fits = num_state_bytes <= _DDP_SHARE * memory_bytes
         several_machines = 1 < machine < world_size and world_size % machine == 0
         strategy = "ddp" if fits else "hsdp" if several_machines else "fsdp"
     if strategy == "ddp":
