@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,9 +203,10 @@ def test_going_on_with_other_packs_is_refused(root: Path, tmp_path: Path) -> Non
 def test_two_ranks_with_packs_give_the_losses_of_one_process(root: Path, tmp_path: Path) -> None:
     """Though one rank has more clips than the other in most steps."""
     train(packed_config(root, tmp_path / "one"))
-    train_on_ranks(2, [packed_config(root, tmp_path / "two")])
-    expected, found = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    for line, other in zip(expected, found, strict=True):
+    strategies = ("ddp", "fsdp")
+    train_on_ranks(2, [packed_config(root, tmp_path / name, parallel__strategy=name) for name in strategies])
+    expected, *found = (metrics_of(tmp_path / name) for name in ("one", *strategies))
+    for line, other in chain.from_iterable(zip(expected, lines, strict=True) for lines in found):
         assert other["loss"] == pytest.approx(line["loss"], abs=1e-5)
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
         assert (other["clips"], other["pack_fill"]) == (line["clips"], line["pack_fill"])

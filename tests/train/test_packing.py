@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mimir_train.block_execution import set_block_execution
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.model.packing import PackIndex, add_gated, modulate, reorder, sum_by_clip
@@ -65,6 +66,20 @@ def test_a_pack_has_the_loss_and_gradients_of_its_clips(config: DiTConfig) -> No
         assert got is not None, name
         assert wanted is not None, name
         assert (got - wanted).abs().max() <= 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_blocks_that_recompute_give_a_pack_the_same_gradients(config: DiTConfig) -> None:
+    gradients = []
+    for checkpointing in ("none", "selective", "full"):
+        model = random_dit(config)
+        set_block_execution(model, checkpointing=checkpointing, compiled=False)
+        mean_loss(list(model(*draw_clips(12)))).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for kept, selective, full in zip(*gradients, strict=True):
+        assert kept is not None
+        assert torch.equal(kept, selective)
+        assert torch.equal(kept, full)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
