@@ -286,6 +286,9 @@ class RunConfig:
     """Who gets the metrics besides metrics.jsonl."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    watchdog_s: float | None = 600.0
+    """Seconds that a step may take before all ranks are ended as hanging, with their stacks; six times as long for
+    reading data, saving, validating and the first step. null: never."""
     precision: Precision
     """In which the model computes; weights and optimizer are float32 always."""
     peak_tflops: float | None = None
@@ -297,6 +300,8 @@ class RunConfig:
         _require(stop is None or stop >= 1, "--stop-at-step", "at least 1", stop)
         for name in ("checkpointing_steps", "validation_steps", "validation_clips", "fuser_figures_steps"):
             _require(getattr(self, name) >= 1, f"run.{name}", "at least 1", getattr(self, name))
+        watchdog_s = self.watchdog_s
+        _require(watchdog_s is None or watchdog_s > 0, "run.watchdog_s", "positive, or null", watchdog_s)
         peak = self.peak_tflops
         _require(peak is None or peak > 0, "run.peak_tflops", "positive", peak)
         _require(self.validation_samples >= 0, "run.validation_samples", "at least 0", self.validation_samples)

@@ -54,6 +54,7 @@ FREE_ON_RESUME: Final = frozenset(
         "run.fuser_figures_steps",
         "run.report_to",
         "run.device",
+        "run.watchdog_s",
     }
 )
 """What may be another when a run goes on: nothing here changes a weight, but for rounding, and for clips that could not

@@ -107,20 +107,21 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 factor = rate_factor(config.optimizer, batch.step, config.run.max_train_steps)
                 rates = set_rates(trainer.optimizer, factor)
 
-                clip_losses, forward_s = accumulate_gradients(trainer, batch)
-                grad_norm = clip_gradients(trainer.model.parameters(), fitted.config.optimizer.clip_norm)
-                report = exchange(
-                    parallel,
-                    RankReport(
-                        clip_losses=clip_losses,
-                        attempts=batch.attempts,
-                        grad_norm=grad_norm,
-                        stop_requested=stop.requested,
-                        load=trainer.meter.load(batch, data_wait_s=data_wait_s, forward_s=forward_s),
-                        save_failed=saver.has_failed,
-                    ),
-                    order.most_clips(parallel.world_size),
-                )
+                with parallel.watched(f"step {batch.step}"):
+                    clip_losses, forward_s = accumulate_gradients(trainer, batch)
+                    grad_norm = clip_gradients(trainer.model.parameters(), fitted.config.optimizer.clip_norm)
+                    report = exchange(
+                        parallel,
+                        RankReport(
+                            clip_losses=clip_losses,
+                            attempts=batch.attempts,
+                            grad_norm=grad_norm,
+                            stop_requested=stop.requested,
+                            load=trainer.meter.load(batch, data_wait_s=data_wait_s, forward_s=forward_s),
+                            save_failed=saver.has_failed,
+                        ),
+                        order.most_clips(parallel.world_size),
+                    )
                 num_bad = bad_samples.note(batch.step, report.attempts)
                 refuse_non_finite(report, batch.step, partial(clips_of_step, cache, order, batch.step))
                 trainer.optimizer.step()

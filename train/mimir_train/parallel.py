@@ -4,8 +4,8 @@ What they share of the model is `mimir_train.sharding`'s.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
@@ -16,6 +16,7 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined] 
 from mimir_shared.errors import InputError, MachineError
 from mimir_train.config import TrainConfig
 from mimir_train.launch import Place, find_place
+from mimir_train.watchdog import Watchdog
 
 _TIMEOUT: Final = timedelta(hours=1)
 """Of one exchange: as long as the slowest checkpoint may hold the others up."""
@@ -29,6 +30,8 @@ class Parallel:
 
     place: Place
     device: torch.device
+    watchdog: Watchdog | None = None
+    """None: nobody watches."""
 
     @property
     def rank(self) -> int:
@@ -52,6 +55,10 @@ class Parallel:
         with peer_faults():
             dist.all_gather(everyone, own)
         return [other.tolist() for other in everyone]
+
+    def watched(self, name: str) -> AbstractContextManager[None]:
+        """Inside, this rank takes its usual time, or it is ended."""
+        return nullcontext() if self.watchdog is None else self.watchdog.watch(name)
 
     def wait_for_all(self) -> None:
         """Return when every rank is here."""
@@ -90,11 +97,18 @@ def start_parallel(config: TrainConfig) -> Iterator[Parallel]:
     joined = needs_group and not dist.is_initialized()
     if joined:
         _join(place, device)
+    parallel = Parallel(place=place, device=device)
+    watchdog = Watchdog(place, config.run.watchdog_s, parallel.gather)
     try:
-        yield Parallel(place=place, device=device)
-    finally:
-        if joined:
+        yield replace(parallel, watchdog=watchdog)
+    except BaseException:
+        watchdog.stop(in_peace=False)  # the others learn of it at once, and wait no longer
+        if joined and place.world_size == 1:  # else taking leave may wait for those that are gone
             dist.destroy_process_group()
+        raise
+    if joined:
+        dist.destroy_process_group()
+    watchdog.stop(in_peace=True)
 
 
 def _join(place: Place, device: torch.device) -> None:
