@@ -18,6 +18,7 @@ from mimir_precompute.cli_options import (
     Clips,
     DecodeMemoryOption,
     DecodeTimeoutOption,
+    ExecutorOption,
     FpsOption,
     GpuOption,
     InstructionsOption,
@@ -30,6 +31,7 @@ from mimir_precompute.cli_options import (
     OnlyOwnShardsOption,
     PlaceOption,
     PresetOption,
+    RayAddressOption,
     RemovalsOption,
     SeedOption,
     ShardSizeOption,
@@ -144,9 +146,11 @@ def encode(
     accept_quarantine: AcceptQuarantineOption = False,
     on_mismatch: Annotated[str, typer.Option(help="error, or new: keep features made otherwise side by side.",
                                              rich_help_panel=WHERE)] = "error",
-    workers: WorkersOption = "1",
+    workers: WorkersOption = None,
     place: PlaceOption = None,
     only_own_shards: OnlyOwnShardsOption = False,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = "auto",
 ) -> None:  # fmt: skip
     """Encode the clips into the cache; run it again and it goes on where it stopped."""
     from mimir_precompute.commands import EncodeRequest, run_encode
@@ -169,7 +173,13 @@ def encode(
         max_quarantined=max_quarantined,
         accept_quarantine=accept_quarantine,
         on_mismatch=on_mismatch,
-        team=TeamOptions(workers=workers, place=tuple(place or ()), only_own_shards=only_own_shards),
+        team=TeamOptions(
+            workers=workers,
+            place=tuple(place or ()),
+            only_own_shards=only_own_shards,
+            executor=executor,
+            ray_address=ray_address,
+        ),
     )
     echo(describe_outcome(cache, run_encode(request)))
 

@@ -162,9 +162,20 @@ SharedDecodeWorkersOption = Annotated[
                  "for each, as far as there are cores.", min=1, rich_help_panel=WHERE, show_default=False),
 ]  # fmt: skip
 WorkersOption = Annotated[
+    str | None,
+    typer.Option("--workers", help="Processes that share the work: a number, or auto: one for each GPU, and 1 without "
+                 "any. One that dies is started again. Default: 1 here, auto on a Ray cluster.", rich_help_panel=TEAM,
+                 show_default=False),
+]  # fmt: skip
+ExecutorOption = Annotated[
     str,
-    typer.Option("--workers", help="Processes on this machine that share the work: a number, or auto: one for each "
-                 "GPU, and 1 on a CPU. One that dies is started again.", rich_help_panel=TEAM),
+    typer.Option("--executor", help="local: on this machine; ray: actors of a Ray cluster, one for each GPU.",
+                 rich_help_panel=TEAM),
+]  # fmt: skip
+RayAddressOption = Annotated[
+    str,
+    typer.Option("--ray-address", help="auto: the cluster that runs here or that RAY_ADDRESS names; host:port; or "
+                 "local: one that is started here and ends with the call.", rich_help_panel=TEAM),
 ]  # fmt: skip
 OnlyOwnShardsOption = Annotated[
     bool,

@@ -101,8 +101,8 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
         device_text = device_of_task(slurm, request.models.device, request.team)
         request = replace(request, shards="all", models=replace(request.models, device=device_text))
         pause_before_start(slurm.count)
-    device = choose_device(request.models.device)
-    team = choose_team(request.team, request.models, features, device, request.decode_workers)
+    team = choose_team(request.team, request.models, features, request.decode_workers)
+    device = team.devices[0]
     make_task = _task_maker(request, features, slurm, decode_workers=team.decoders[0])
     storage = open_storage(request.cache)
     progress = Progress(watch=slurm is None or slurm.count <= WATCH_AT_MOST)
@@ -111,7 +111,7 @@ def run_encode(request: EncodeRequest) -> EncodeOutcome:
     task = make_task(plan.num_shards)
     with working_on(storage):
         storage.check_writable()
-        encoders = open_encoders(plan, request.models, features)
+        encoders = open_encoders(plan, request.models, features, device=device)
         with closing(DecodeSandbox(request.decode_limits)) as decoder:
             job = make_job(task, storage, plan, encoders, decoder)
             if not team.is_one:

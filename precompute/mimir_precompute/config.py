@@ -241,8 +241,11 @@ class ModelOptions:
 class TeamOptions:
     """Who works, as typed behind `encode`."""
 
-    workers: str = "1"
-    """A number, or auto: one for each GPU."""
+    workers: str | None = None
+    """A number, or auto: one for each GPU. None: 1 on this machine, auto on a Ray cluster."""
+    executor: str = "local"
+    """local, or ray."""
+    ray_address: str = "auto"
     place: tuple[str, ...] = ()
     """FEATURE=WORKERS each."""
     only_own_shards: bool = False

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mimir_precompute.config import ModelOptions, TeamOptions
-from mimir_precompute.device import visible_gpus
+from mimir_precompute.device import choose_device, visible_gpus
 from mimir_precompute.empty_prompt import lacks_empty_prompt
 from mimir_precompute.local_workers import LocalWorker
+from mimir_precompute.model_options import choose_engine
+from mimir_precompute.option_values import parse_choice
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, FeatureOutcome, conclude, open_features
-from mimir_precompute.placement import Placement, features_of, parse_placement, share_decoders
+from mimir_precompute.placement import DECODERS_EACH, Placement, features_of, parse_placement, share_decoders
 from mimir_precompute.team import BACKOFF_S, RunningWorker, Team
 from mimir_precompute.team_view import TeamView
 from mimir_precompute.termination import when_stopped
@@ -35,40 +37,24 @@ class TeamPlan:
     start: Starter
     told: str
     """For a person: how many, and where."""
-
-    @property
-    def is_one(self) -> bool:
-        return len(self.decoders) == 1
+    is_one: bool
+    """Whether it is this process alone."""
 
 
 def choose_team(
-    options: TeamOptions,
-    models: ModelOptions,
-    features: Sequence[FeatureName],
-    device: str,
-    decode_workers: int | None,
+    options: TeamOptions, models: ModelOptions, features: Sequence[FeatureName], decode_workers: int | None
 ) -> TeamPlan:
-    """From the options to the workers of this machine. Raises InputError for what cannot be."""
+    """From the options to workers, on this machine or a cluster. Raises InputError for what cannot be."""
+    if parse_choice("--executor", options.executor, ("local", "ray")) == "ray":
+        return _choose_actors(options, models, features, decode_workers)
+    device = choose_device(models.device)
     gpus = visible_gpus() if device == "cuda" else ()
-    num_workers = _num_workers(options.workers, gpus)
+    num_workers = _num_workers(options.workers or "1", len(gpus))
     placement = parse_placement(options.place, num_workers, features)
     if num_workers == 1:
         gpus = ()
-    elif ":" in device:
-        raise InputError(
-            f"--device {device}: is one device and --workers {options.workers} asks for several; leave --device out, "
-            f"and choose among the GPUs with CUDA_VISIBLE_DEVICES"
-        )
-    elif device == "cuda" and num_workers > len(gpus):
-        raise InputError(
-            f"--workers {num_workers}: this process sees {counted(len(gpus), 'GPU')}, and each worker has one of its "
-            f"own; give --workers auto"
-        )
-    elif models.llm_tensor_parallel > 1 and not {"answers", "llm"}.isdisjoint(features):
-        raise InputError(
-            f"--llm-tensor-parallel {models.llm_tensor_parallel}: each of several --workers has one GPU; encode "
-            f"answers and llm by a call of their own, without --workers: --features answers,llm"
-        )
+    else:
+        _refuse_devices(num_workers, device, len(gpus), models, features)
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // num_workers)
     where = ", one on each GPU" if gpus else f" on the CPU, {counted(threads, 'thread')} each"
@@ -78,12 +64,51 @@ def choose_team(
         devices=("cuda" if gpus else device,) * num_workers,
         start=_starter(gpus, threads),
         told=f"{counted(num_workers, 'worker')}{where}",
+        is_one=num_workers == 1,
     )
 
 
-def _num_workers(text: str, gpus: Sequence[str]) -> int:
+def _choose_actors(
+    options: TeamOptions, models: ModelOptions, features: Sequence[FeatureName], decode_workers: int | None
+) -> TeamPlan:
+    from mimir_precompute.ray_executor import connect
+
+    cluster = connect(options.ray_address, models.device)
+    num_workers = _num_workers(options.workers or "auto", cluster.num_gpus)
+    return TeamPlan(
+        placement=parse_placement(options.place, num_workers, features),
+        decoders=(decode_workers or DECODERS_EACH,) * num_workers,
+        devices=(cluster.device,) * num_workers,
+        start=cluster.start,
+        told=f"{counted(num_workers, 'Ray actor')}{', one on each GPU' if cluster.num_gpus else ''}",
+        is_one=False,
+    )
+
+
+def _refuse_devices(
+    num_workers: int, device: str, num_gpus: int, models: ModelOptions, features: Sequence[FeatureName]
+) -> None:
+    """Raise InputError where the GPUs do not suffice for so many workers."""
+    if ":" in device:
+        raise InputError(
+            f"--device {device}: is one device and --workers {num_workers} asks for several; leave --device out, "
+            f"and choose among the GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if device == "cuda" and num_workers > num_gpus:
+        raise InputError(
+            f"--workers {num_workers}: this process sees {counted(num_gpus, 'GPU')}, and each worker has one of its "
+            f"own; give --workers auto"
+        )
+    if models.llm_tensor_parallel > 1 and not {"answers", "llm"}.isdisjoint(features):
+        raise InputError(
+            f"--llm-tensor-parallel {models.llm_tensor_parallel}: each of several --workers has one GPU; encode "
+            f"answers and llm by a call of their own, without --workers: --features answers,llm"
+        )
+
+
+def _num_workers(text: str, num_gpus: int) -> int:
     if text == "auto":
-        return max(1, len(gpus))
+        return max(1, num_gpus)
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"--workers {text!r}: expected a number, or auto: one for each GPU")
     return int(text)
@@ -140,11 +165,12 @@ def _works(job: EncodeJob, fingerprints: Mapping[FeatureName, str]) -> tuple[dic
 
 
 def _share(task: WorkerTask, team: TeamPlan, number: int) -> WorkerTask:
-    features = features_of(number, team.placement)
+    features, device = features_of(number, team.placement), team.devices[number]
     return replace(
         task,
         number=number,
-        models=replace(task.models, device=team.devices[number]),
+        # the engine as it is here, for a node where vLLM is not installed would choose another
+        models=replace(task.models, device=device, llm_engine=choose_engine(task.models.llm_engine, device)),
         features=features,
         others_make=frozenset(team.placement) - frozenset(features),
         decode_workers=team.decoders[number],

@@ -11,7 +11,7 @@ from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 Placement = Mapping[FeatureName, tuple[int, ...]]
 """Feature → numbers of the workers that make it."""
 
-_DECODERS_EACH: Final = 2
+DECODERS_EACH: Final = 2
 
 
 def parse_placement(texts: Sequence[str], num_workers: int, features: Sequence[FeatureName]) -> Placement:
@@ -70,6 +70,6 @@ def share_decoders(total: int | None, worker: int, placement: Placement, cores: 
     if worker not in decoding:
         return 1
     if total is None:
-        return max(1, min(_DECODERS_EACH, cores // len(decoding)))
+        return max(1, min(DECODERS_EACH, cores // len(decoding)))
     share, more = divmod(total, len(decoding))
     return max(1, share + (decoding.index(worker) < more))

@@ -105,7 +105,11 @@ def device_of_task(task: SlurmTask, device: str, team: TeamOptions) -> str:
     Args:
         device: as typed.
     """
-    if device not in ("auto", "cuda") or team.workers != "1" or not choose_device(device).startswith("cuda"):
+    if (
+        device not in ("auto", "cuda")
+        or team.workers not in (None, "1")
+        or not choose_device(device).startswith("cuda")
+    ):
         return device
     gpus = visible_gpus()
     return f"cuda:{task.local_id % len(gpus)}" if len(gpus) > 1 else device

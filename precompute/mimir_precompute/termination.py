@@ -47,6 +47,14 @@ def when_stopped(action: Callable[[], None]) -> Iterator[None]:
         _endings.remove(action)
 
 
+def leave_nothing(storage: Storage) -> None:
+    """Drop leases, remove temporary files and let none be made any more: this process is about to end."""
+    _endings.run()
+    storage.stop_creating()
+    with contextlib.suppress(Exception):
+        storage.tidy()
+
+
 @contextmanager
 def working_on(storage: Storage) -> Iterator[None]:
     """While the block runs, SIGTERM ends the process with 143 and SIGINT with 130, leaving nothing behind.
@@ -63,10 +71,7 @@ def working_on(storage: Storage) -> Iterator[None]:
         while (number := receiver.recv(1)[0]) not in EXIT_CODES:
             if number == 0:
                 return
-        _endings.run()
-        storage.stop_creating()
-        with contextlib.suppress(Exception):
-            storage.tidy()
+        leave_nothing(storage)
         name = signal.Signals(number).name
         with contextlib.suppress(OSError, ValueError):  # whoever would read it may have gone first
             sys.stderr.write(f"stopped by {name}; what was committed stays, the same command goes on from there\n")

@@ -39,7 +39,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / ".netrc").write_text(f"machine huggingface.co login me password {NETRC}\n")
     for name, value in {**ENVIRONMENT, "HOME": str(home), "HF_HUB_OFFLINE": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(commands, "open_encoders", lambda plan, options, features: FakeEncoders())
+    monkeypatch.setattr(commands, "open_encoders", lambda plan, options, features, device: FakeEncoders())
     monkeypatch.setattr(commands_remake, "open_encoders", lambda plan, options, features: FakeEncoders())
     work = tmp_path / "work"
     work.mkdir()

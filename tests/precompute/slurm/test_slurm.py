@@ -107,7 +107,7 @@ def encode_as_task(
         os.environ |= ARRAY | {
             "SLURM_ARRAY_TASK_ID": str(task // 2), "SLURM_PROCID": str(task % 2), "SLURM_NTASKS": "2"
         }  # fmt: skip
-        commands.open_encoders = lambda plan, options, features: FakeEncoders(clip_s=clip_s)  # type: ignore
+        commands.open_encoders = lambda plan, options, features, device: FakeEncoders(clip_s=clip_s)  # type: ignore
         run_encode(request(cache, data_format, only_own_shards=only_own_shards))
 
     return start(work)

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mimir_precompute.clip_list import read_clip_list
 from mimir_precompute.config import DecodeLimits, TeamOptions
 from mimir_precompute.decode_sandbox import DecodeSandbox
-from mimir_precompute.encode_team import TeamPlan, choose_team, encode_together
+from mimir_precompute.encode_team import Starter, choose_team, encode_together
 from mimir_precompute.local_workers import LocalWorker
 from mimir_precompute.pipeline import EncodeOutcome, encode_cache
 from mimir_precompute.plan import PlanRequest, update_plan
@@ -41,12 +42,17 @@ def encode_with(
     data_format: CacheFormat | None = None,
     misfortune: Misfortune = LUCK,
     backoff_s: float = 0.01,
+    start: Starter | None = None,
 ) -> EncodeOutcome:
-    """Encode a planned cache by some processes, or in this one where they are one."""
+    """Encode a planned cache by some processes, or in this one where they are one.
+
+    Args:
+        start: how a worker is started; None: as a process on this machine.
+    """
     storage = LocalStorage(cache)
     plan = read_plan(storage)
     models = misfortune.models()
-    team = choose_team(TeamOptions(workers=str(workers), place=tuple(place)), models, features, "cpu", None)
+    team = choose_team(TeamOptions(workers=str(workers), place=tuple(place)), models, features, None)
     task = WorkerTask(
         cache=str(cache),
         models=models,
@@ -63,14 +69,11 @@ def encode_with(
         job = make_job(task, storage, plan, UnluckyEncoders(misfortune), decoder)
         if workers == 1:
             return encode_cache(job, Progress(quiet=True), RunLog(storage, "cpu"))
-        return encode_together(job, task, with_fake_workers(team), backoff_s=backoff_s)
+        return encode_together(job, task, replace(team, start=start or start_fake_worker), backoff_s=backoff_s)
 
 
-def with_fake_workers(team: TeamPlan) -> TeamPlan:
-    def start(task: WorkerTask, view: TeamView) -> LocalWorker:
-        return LocalWorker(task, name=f"worker {task.number}", environment={}, say=view.say, program=FAKE_WORKER)
-
-    return TeamPlan(placement=team.placement, decoders=team.decoders, devices=team.devices, start=start, told="workers")
+def start_fake_worker(task: WorkerTask, view: TeamView) -> LocalWorker:
+    return LocalWorker(task, name=f"worker {task.number}", environment={}, say=view.say, program=FAKE_WORKER)
 
 
 def count_records(cache: Path) -> int:
