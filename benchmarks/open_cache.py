@@ -182,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mimir-open-") as scratch:
         storage = LocalStorage(Path(scratch))
         settings, columns = describe_plan(options.clips, options.shard_size)
-        storage.create("plan/0000.parquet", write_plan(settings, columns, None))
+        storage.create("plan/0000.parquet", write_plan(settings, columns))
         plan = read_plan(storage)
         folders: dict[FeatureName, Any] = {name: write_feature(storage, plan, name) for name in FEATURES}
         started, cpu = time.perf_counter(), time.process_time()

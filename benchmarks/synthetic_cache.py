@@ -135,7 +135,7 @@ def build_cache(
     root.mkdir(parents=True)
     storage = LocalStorage(root)
     settings, columns = describe_plan(num_clips, shard_size, sizes.bucket)
-    storage.create("plan/0000.parquet", write_plan(settings, columns, None))
+    storage.create("plan/0000.parquet", write_plan(settings, columns))
     plan = read_plan(storage)
     random = RandomFeatures(sizes)
     folders = {}

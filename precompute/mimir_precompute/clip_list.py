@@ -6,13 +6,14 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mimir_precompute.clip_columns import ClipList
 from mimir_precompute.clip_row import Problems, caption_problem, extra_problem, name_problem, seconds_of, text_problem
 from mimir_shared.errors import InputError
 from mimir_shared.plain_documents import parse_json
@@ -24,28 +25,6 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _MAX_TEXT_BYTES = 2**24
 """Of a caption or a JSON document in a tar."""
 _KEY_COLUMNS = ("key", "id")
-
-
-@dataclass(kw_only=True)
-class ClipList:
-    """Clips as columns of equal length; `extra` holds the user's further columns."""
-
-    root: Path
-    """Folder that relative sources are read from."""
-    keys: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    """Path relative to root; for a member of a tar, "file.tar::member"."""
-    captions: list[str] = field(default_factory=list)
-    source_bytes: list[int | None] = field(default_factory=list)
-    """None where the file is missing."""
-    source_offsets: list[int | None] = field(default_factory=list)
-    """Of a member's bytes in its tar."""
-    starts_s: list[float | None] = field(default_factory=list)
-    ends_s: list[float | None] = field(default_factory=list)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 def read_clip_list(
@@ -83,18 +62,24 @@ def read_clip_list(
     if not len(clips):
         raise InputError(f"{location}: no clip found; see `mimir-precompute plan --help` for the forms that are read")
     _check_keys(clips, location)
-    if all(size is None for size in clips.source_bytes):
+    if clips.num_missing == len(clips):
         raise InputError(
             f"{location}: none of the {len(clips)} files that it names exists below {clips.root}, for instance "
-            f"{clips.sources[0]}; paths are relative to the metadata file"
+            f"{clips.tables()[0]['source'][0]}; paths are relative to the metadata file"
         )
     return clips
 
 
 def _check_keys(clips: ClipList, where: str) -> None:
+    """Raise InputError for keys that come twice: of all keys only hashes are held, and then those keys alone."""
+    hashes = clips.hashes(seed=0)
+    ordered = np.sort(np.concatenate(hashes))
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     seen: dict[str, int] = {}
-    for key in clips.keys:
-        seen[key] = seen.get(key, 0) + 1
+    if len(twice):
+        for table, of_table in zip(clips.tables(), hashes, strict=True):
+            for key in table["key"].filter(pa.array(np.isin(of_table, twice))).to_pylist():
+                seen[key] = seen.get(key, 0) + 1
     problems = Problems(where)
     for key, count in seen.items():
         if count > 1:
@@ -155,14 +140,15 @@ def _add_row(
         return
     assert isinstance(source, str), where
     assert isinstance(caption, str), where
-    clips.keys.append(source + _trim_name(start_s, end_s) if key_column is None else str(row[key_column]))
-    clips.sources.append(source)
-    clips.captions.append(caption)
-    clips.source_bytes.append(_file_bytes(os.path.join(clips.root, source)))
-    clips.source_offsets.append(None)
-    clips.starts_s.append(start_s)
-    clips.ends_s.append(end_s)
-    _add_extra(clips, extra)
+    clips.add(
+        key=source + _trim_name(start_s, end_s) if key_column is None else str(row[key_column]),
+        source=source,
+        caption=caption,
+        source_bytes=_file_bytes(os.path.join(clips.root, source)),
+        start_s=start_s,
+        end_s=end_s,
+        further={name: _without_secrets(value) for name, value in extra.items()},
+    )
 
 
 def _trim_name(start_s: float | None, end_s: float | None) -> str:
@@ -170,14 +156,6 @@ def _trim_name(start_s: float | None, end_s: float | None) -> str:
     if start_s is None and end_s is None:
         return ""
     return f"#{start_s or 0:g}-{'' if end_s is None else format(end_s, 'g')}"
-
-
-def _add_extra(clips: ClipList, values: dict[str, Any]) -> None:
-    """Add the last clip's further columns, without secrets of addresses; a column that it lacks holds None."""
-    for name in values:
-        clips.extra.setdefault(name, [None] * (len(clips) - 1))
-    for name, column in clips.extra.items():
-        column.append(_without_secrets(values.get(name)))
 
 
 def _without_secrets(value: Any) -> Any:
@@ -274,21 +252,9 @@ def _read_folder(path: Path, limit: int | None) -> ClipList:
             continue
         caption = _decode_text(text.read_bytes(), text.name, problems)
         if caption is not None:
-            _add_clip(clips, source, source, caption, _file_bytes(file), None)
+            clips.add(key=source, source=source, caption=caption, source_bytes=_file_bytes(file))
     problems.raise_if_any()
     return clips
-
-
-def _add_clip(
-    clips: ClipList, key: str, source: str, caption: str, source_bytes: int | None, offset: int | None
-) -> None:
-    clips.keys.append(key)
-    clips.sources.append(source)
-    clips.captions.append(caption)
-    clips.source_bytes.append(source_bytes)
-    clips.source_offsets.append(offset)
-    clips.starts_s.append(None)
-    clips.ends_s.append(None)
 
 
 def _read_tars(paths: Iterable[str], limit: int | None) -> ClipList:
@@ -367,7 +333,8 @@ def _add_tar_sample(
         problems.add(f"{where}: no caption (expected .txt, or .json with text or caption)")
     if caption is not None:
         source = f"{tar_name}::{media[0].name}"
-        _add_clip(clips, stem, source, caption, media[0].size, media[0].offset_data)
+        size, offset = media[0].size, media[0].offset_data
+        clips.add(key=stem, source=source, caption=caption, source_bytes=size, source_offset=offset)
 
 
 def _member_bytes(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:

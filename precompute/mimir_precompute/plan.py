@@ -1,20 +1,18 @@
 """Which clips there are, and in which shard and row each will stand: compared with the plan that exists."""
 
-import contextlib
-import json
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import xxhash
 
-from mimir_precompute.clip_list import ClipList
-from mimir_precompute.clip_row import text_problem
+from mimir_precompute.clip_columns import LISTED, ClipList
 from mimir_precompute.config import Bucket, Geometry
+from mimir_precompute.hash_order import HashOrder
+from mimir_precompute.plan_difference import Difference, PlannedContents
 from mimir_precompute.presets import find_preset
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.layout import plan_name
-from mimir_shared.plan_file import OWN_COLUMNS, Plan, PlanFile, PlanSettings, read_plan_file, write_plan
+from mimir_shared.plan_file import Plan, PlanFile, PlanSettings, PlanWriter, read_plan_file
 from mimir_shared.storage_protocol import Storage
 
 DEFAULT_SHARD_SIZE = 256
@@ -86,13 +84,6 @@ def update_plan(
     previous = existing.settings if existing else None
     if previous is not None:
         _check_request(storage, request, previous)
-    difference = _compare(existing, clips)
-    fresh = difference.new + difference.changed
-    if existing is not None and not request.accept_removals:
-        _check_removals(storage, existing, difference.removed)
-    seed = previous.seed if previous else (request.seed or 0)
-    shard_size = previous.shard_size if previous else (request.shard_size or DEFAULT_SHARD_SIZE)
-    first_shard = existing.num_shards if existing else 0
     geometry = geometry_of(previous) if previous else request.geometry()
     settings = PlanSettings(
         index=len(existing.files) if existing else 0,
@@ -100,73 +91,77 @@ def update_plan(
         preset=previous.preset if previous else request.preset,
         buckets=tuple(str(bucket) for bucket in geometry.buckets),
         fps=geometry.fps,
-        shard_size=shard_size,
-        seed=seed,
+        shard_size=previous.shard_size if previous else (request.shard_size or DEFAULT_SHARD_SIZE),
+        seed=previous.seed if previous else (request.seed or 0),
         source_root=str(clips.root),
-        first_shard=first_shard,
-        num_shards=-(-len(fresh) // shard_size),
+        first_shard=existing.num_shards if existing else 0,
+        num_shards=0,
     )
+    order = HashOrder(clips, settings.seed, at_least=max((f.num_rows for f in existing.files), default=0)
+                      if existing else 0)  # fmt: skip
+    writer = None if dry_run else PlanWriter(pa.schema(list(order.schema)[len(LISTED) :]))
+    difference = Difference()
+    planned = PlannedContents(existing, order.bounds) if existing else None
+    for part, listed in enumerate(order):
+        fresh = planned.compare(part, listed, difference) if planned else listed
+        if planned is None:
+            difference.new += listed.num_rows
+        if writer is not None and fresh.num_rows:
+            writer.add(_planned_rows(fresh, settings, difference.num_fresh - fresh.num_rows))
+    if existing is not None and not request.accept_removals:
+        _check_removals(storage, existing, difference.removed)
+    settings = settings.model_copy(update={"num_shards": -(-difference.num_fresh // settings.shard_size)})
     moved = previous is not None and previous.source_root != settings.source_root
-    write = existing is None or bool(fresh) or bool(difference.removed) or moved
+    write = existing is None or bool(difference.num_fresh) or bool(difference.removed) or moved
     report = PlanReport(
         clips=len(clips),
-        new=len(difference.new),
-        changed=len(difference.changed),
+        new=difference.new,
+        changed=difference.changed,
         removed=len(difference.removed),
-        unchanged=len(clips) - len(fresh),
-        missing_files=sum(size is None for size in clips.source_bytes),
+        unchanged=len(clips) - difference.num_fresh,
+        missing_files=clips.num_missing,
         new_shards=settings.num_shards,
-        shards=first_shard + settings.num_shards,
+        shards=settings.first_shard + settings.num_shards,
         written=write and not dry_run,
     )
-    if not report.written:
+    if writer is None or not report.written:
         return existing, report
-    file = _write(storage, settings, clips, fresh, difference.removed)
+    writer.add(_tombstones(sorted(difference.removed)))
+    file = _publish(storage, settings, writer)
     return Plan([*(existing.files if existing else ()), file]), report
 
 
-@dataclass(frozen=True)
-class _Difference:
-    new: list[int]
-    """Positions in the clip list."""
-    changed: list[int]
-    removed: list[str]
-    """Keys."""
+def _planned_rows(clips: pa.Table, settings: PlanSettings, number: int) -> pa.Table:
+    """Rows of a plan, from clips of which the first has this number among those of the plan file."""
+    numbers = np.arange(number, number + clips.num_rows)
+    for name, values in (
+        ("shard", settings.first_shard + numbers // settings.shard_size),
+        ("row", numbers % settings.shard_size),
+    ):
+        clips = clips.append_column(name, pa.array(values.astype(np.int32)))
+    return clips.append_column("removed", pa.array(np.zeros(clips.num_rows, bool)))
 
 
-def _compare(existing: Plan | None, clips: ClipList) -> _Difference:
-    if existing is None:
-        return _Difference(list(range(len(clips))), [], [])
-    planned = _newest_contents(existing)
-    new: list[int] = []
-    changed: list[int] = []
-    for position, key in enumerate(clips.keys):
-        content = (
-            clips.sources[position],
-            clips.captions[position],
-            clips.source_bytes[position],
-            clips.source_offsets[position],
-            clips.starts_s[position],
-            clips.ends_s[position],
-        )
-        if key not in planned:
-            new.append(position)
-        elif planned[key] != content:
-            changed.append(position)
-    present = set(clips.keys)
-    return _Difference(new, changed, sorted(key for key in planned if key not in present))
+def _tombstones(keys: list[str]) -> pa.Table:
+    nowhere, nothing = np.full(len(keys), -1, np.int32), pa.array([""] * len(keys), pa.string())
+    return pa.table(
+        {
+            "key": pa.array(keys, pa.string()),
+            "shard": nowhere,
+            "row": nowhere,
+            "source": nothing,
+            "caption": nothing,
+            "removed": np.ones(len(keys), bool),
+        }
+    )
 
 
-def _newest_contents(plan: Plan) -> dict[str, tuple[Any, ...]]:
-    contents: dict[str, tuple[Any, ...]] = {}
-    names = ("key", "removed", "source", "caption", "source_bytes", "source_offset", "start_s", "end_s")
-    for file in plan.files:
-        for key, removed, *content in zip(*(file.table[name].to_pylist() for name in names), strict=True):
-            if removed:
-                contents.pop(key, None)
-            else:
-                contents[key] = tuple(content)
-    return contents
+def _publish(storage: Storage, settings: PlanSettings, writer: PlanWriter) -> PlanFile:
+    data = writer.finish(settings)
+    name = plan_name(settings.index)
+    if not storage.create(name, data) and storage.read(name) != data:
+        raise CacheError(f"{storage.root}/{name}: another process has just planned something else; run it again")
+    return read_plan_file(pa.py_buffer(data), f"{storage.root}/{name}")
 
 
 def _check_request(storage: Storage, request: PlanRequest, previous: PlanSettings) -> None:
@@ -190,62 +185,10 @@ def _check_request(storage: Storage, request: PlanRequest, previous: PlanSetting
 
 
 def _check_removals(storage: Storage, existing: Plan, removed: list[str]) -> None:
-    planned = len(existing.newest_rows())
+    planned = existing.num_current
     if len(removed) > planned * _REMOVAL_LIMIT:
         raise InputError(
             f"{storage.root}: {len(removed)} of its {planned} planned clips are not in this list (for instance "
-            f"{removed[0]!r}), which looks like the list of another data set; "
+            f"{min(removed)!r}), which looks like the list of another data set; "
             f"if they are really to be left out, say --accept-removals"
         )
-
-
-def _write(storage: Storage, settings: PlanSettings, clips: ClipList, fresh: list[int], removed: list[str]) -> PlanFile:
-    # A hash of the key, not a random generator: the shard of a clip does not depend on the order of the
-    # list, nor on the version of a library.
-    order = sorted(
-        fresh, key=lambda i: (xxhash.xxh3_64_intdigest(clips.keys[i].encode(), settings.seed), clips.keys[i])
-    )
-    count, gone = len(order), len(removed)
-    columns: dict[str, list[Any]] = {
-        "key": [clips.keys[i] for i in order] + removed,
-        "shard": [settings.first_shard + n // settings.shard_size for n in range(count)] + [-1] * gone,
-        "row": [n % settings.shard_size for n in range(count)] + [-1] * gone,
-        "source": [clips.sources[i] for i in order] + [""] * gone,
-        "caption": [clips.captions[i] for i in order] + [""] * gone,
-        "source_bytes": [clips.source_bytes[i] for i in order] + [None] * gone,
-        "source_offset": [clips.source_offsets[i] for i in order] + [None] * gone,
-        "bucket": [None] * (count + gone),
-        "start_s": [clips.starts_s[i] for i in order] + [None] * gone,
-        "end_s": [clips.ends_s[i] for i in order] + [None] * gone,
-        "removed": [False] * count + [True] * gone,
-    }
-    extra = {
-        (f"user_{name}" if name in OWN_COLUMNS.names else name): _extra_array(values, order, gone)
-        for name, values in clips.extra.items()
-    }
-    data = write_plan(settings, columns, pa.table(extra) if extra else None)
-    name = plan_name(settings.index)
-    if not storage.create(name, data) and storage.read(name) != data:
-        raise CacheError(f"{storage.root}/{name}: another process has just planned something else; run it again")
-    return read_plan_file(data, f"{storage.root}/{name}")
-
-
-def _extra_array(values: list[Any], order: list[int], gone: int) -> pa.Array:
-    chosen = [values[i] for i in order] + [None] * gone
-    with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeEncodeError):
-        array = pa.array(chosen)
-        if _fits_parquet(array.type):
-            return array
-    # mixed types, integers of more than 64 bits, lone surrogates, empty objects: kept as JSON text
-    return pa.array([None if value is None else _as_json(value) for value in chosen])
-
-
-def _fits_parquet(kind: pa.DataType) -> bool:
-    """Whether Parquet can hold it: no object without a field."""
-    children = [kind.field(index).type for index in range(kind.num_fields)]
-    return not (pa.types.is_struct(kind) and not children) and all(_fits_parquet(child) for child in children)
-
-
-def _as_json(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if text.isascii() or text_problem(text) is None else json.dumps(value, default=str)

@@ -6,12 +6,10 @@ themselves (workers.py).
 
 from dataclasses import asdict, dataclass, field
 
-import pyarrow.compute as pc
-
 from mimir_precompute.pace import rate_together, time_left_s
 from mimir_precompute.workers import SeenWorker, read_workers
 from mimir_shared.feature_folder import find_features
-from mimir_shared.plan_file import Plan, PlanFile, read_plan
+from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots
 from mimir_shared.storage_protocol import Storage
 
@@ -73,9 +71,9 @@ class CacheStatus:
 def read_status(storage: Storage) -> CacheStatus:
     """Raises InputError where there is no plan, CacheError where a record is damaged."""
     plan = read_plan(storage)
-    status = CacheStatus(clips=count_clips(plan), shards=plan.num_shards)
+    status = CacheStatus(clips=plan.num_current, shards=plan.num_shards)
     status.workers = read_workers(storage)
-    planned = sum(count_planned(file) for file in plan.files)
+    planned = sum(file.num_planned for file in plan.files)
     for folder in find_features(storage):
         spec = folder.read_spec()
         one = FeatureStatus(fingerprint=spec.fingerprint[:12], format=spec.format)
@@ -117,15 +115,3 @@ def add_pace(status: FeatureStatus, feature: str, planned: int, workers: list[Se
     status.clips_per_s = rate_together(report.clips_per_s for report in at_it)
     left = planned - status.ok - status.quarantined - sum(report.clips_in_shard for report in at_it)
     status.eta_s = time_left_s(left, status.clips_per_s) if at_it else None
-
-
-def count_planned(file: PlanFile) -> int:
-    """Rows of a plan file that stand in a shard."""
-    return int(file.table.num_rows - (pc.sum(file.table["removed"]).as_py() or 0))
-
-
-def count_clips(plan: Plan) -> int:
-    """Clips that the plan holds now: neither removed nor counted twice."""
-    if len(plan.files) == 1:
-        return int(plan.files[0].table.num_rows)
-    return len(plan.newest_rows())

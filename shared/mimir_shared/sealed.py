@@ -25,6 +25,24 @@ _PARQUET_MARK = b"\x04seal\x18\x40"
 _JSON_MARK = b'"seal":"'
 
 
+class SealedTableWriter:
+    """Writes a table piece by piece, each a row group: only what is compressed already is held."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._sink = io.BytesIO()
+        self._writer = pq.ParquetWriter(self._sink, schema, compression="zstd")
+
+    def write(self, table: pa.Table) -> None:
+        """Add a row group."""
+        self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
+
+    def finish(self, metadata: Mapping[str, str]) -> bytes:
+        """The bytes of the file, with string metadata in its footer and a seal over all of it."""
+        self._writer.add_key_value_metadata({**metadata, "seal": _ZEROS.decode()})
+        self._writer.close()
+        return _seal(self._sink.getvalue(), _PARQUET_MARK)
+
+
 def _seal(data: bytes, mark: bytes) -> bytes:
     position = data.index(mark + _ZEROS) + len(mark)
     assert data.count(mark) == 1, f"the mark {mark!r} occurs {data.count(mark)} times"
@@ -32,15 +50,18 @@ def _seal(data: bytes, mark: bytes) -> bytes:
     return data[:position] + digest + data[position + 64 :]
 
 
-def _check(data: bytes, mark: bytes, where: str) -> str:
+def _check(data: bytes | memoryview, mark: bytes, where: str) -> str:
     """Return the seal of sealed data. Raises CacheError where it does not fit the bytes."""
     found = [match.end() for match in re.finditer(re.escape(mark), data)]
     if len(found) == 1:
         position = found[0]
-        seal = data[position : position + 64]
-        digest = hashlib.sha256(data[:position] + _ZEROS + data[position + 64 :]).hexdigest()
-        if seal == digest.encode():
-            return digest
+        view = memoryview(data)
+        seal = view[position : position + 64]
+        digest = hashlib.sha256(view[:position])
+        digest.update(_ZEROS)
+        digest.update(view[position + 64 :])
+        if seal == digest.hexdigest().encode():
+            return digest.hexdigest()
     raise CacheError(
         f"{where}: the file ({len(data)} bytes) does not match the sha256 sealed into it: it is damaged or cut short; "
         f"restore it from a copy, or see `mimir-precompute verify`"
@@ -49,11 +70,9 @@ def _check(data: bytes, mark: bytes, where: str) -> str:
 
 def write_sealed_table(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     """A Parquet file with string metadata in its footer and a seal over all of it."""
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({**metadata, "seal": _ZEROS.decode()})
-    return _seal(sink.getvalue(), _PARQUET_MARK)
+    writer = SealedTableWriter(table.schema)
+    writer.write(table)
+    return writer.finish(metadata)
 
 
 def read_sealed_table(data: bytes, where: str) -> tuple[pa.Table, dict[str, str]]:
@@ -61,13 +80,18 @@ def read_sealed_table(data: bytes, where: str) -> tuple[pa.Table, dict[str, str]
 
     Raises: CacheError naming `where` for anything but the very bytes that were sealed.
     """
-    _check(data, _PARQUET_MARK, where)
-    file = pq.ParquetFile(pa.BufferReader(data))
-    metadata = file.metadata.metadata or {}
-    decoded = {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
+    file, metadata = open_sealed_table(pa.py_buffer(data), where)
     # in this thread: threads that Arrow starts for it can abort a process that ends right afterwards, with exit code
     # 134 in place of its own (apache/arrow issue 34314); seen in 5 of 100 short commands on a busy machine
-    return file.read(use_threads=False), decoded
+    return file.read(use_threads=False), metadata
+
+
+def open_sealed_table(data: pa.Buffer, where: str) -> tuple[pq.ParquetFile, dict[str, str]]:
+    """As read_sealed_table, with the rows left to be read: by row group, as they are wanted."""
+    _check(memoryview(data), _PARQUET_MARK, where)
+    file = pq.ParquetFile(pa.BufferReader(data))
+    metadata = file.metadata.metadata or {}
+    return file, {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 
 
 def read_sealed_metadata(data: bytes, where: str) -> dict[str, str]:

@@ -33,10 +33,10 @@ def test_jsonl_csv_and_parquet_give_the_same_clips(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet")
     for name in ("metadata.jsonl", "list.csv", "list.parquet"):
         clips = read_clip_list(str(tmp_path / name))
-        assert clips.keys == clips.sources == ["a.mp4", "sub/b.mp4"]
-        assert clips.captions == ["A é", 'B, "b"']
-        assert clips.source_bytes == [5, 9]
-        assert [int(score) for score in clips.extra["score"]] == [1, 2]
+        assert clips.column("key") == clips.column("source") == ["a.mp4", "sub/b.mp4"]
+        assert clips.column("caption") == ["A é", 'B, "b"']
+        assert clips.column("source_bytes") == [5, 9]
+        assert [int(score) for score in clips.column("score")] == [1, 2]
 
 
 def test_a_folder_takes_its_metadata_or_a_text_beside_each_video(tmp_path: Path) -> None:
@@ -44,10 +44,10 @@ def test_a_folder_takes_its_metadata_or_a_text_beside_each_video(tmp_path: Path)
     for name in ("a", "deep/b", "c"):
         (tmp_path / f"{name}.txt").write_text(f"{name} caption\n")
     beside = read_clip_list(str(tmp_path))
-    assert beside.sources == ["a.mp4", "c.png", "deep/b.mov"]
-    assert beside.captions == ["a caption", "c caption", "deep/b caption"]
+    assert beside.column("source") == ["a.mp4", "c.png", "deep/b.mov"]
+    assert beside.column("caption") == ["a caption", "c caption", "deep/b caption"]
     _jsonl(tmp_path, {"file_name": "a.mp4", "text": "from the list"})
-    assert read_clip_list(str(tmp_path)).captions == ["from the list"]
+    assert read_clip_list(str(tmp_path)).column("caption") == ["from the list"]
 
 
 def test_tars_of_webdataset_give_members_with_their_places(tmp_path: Path) -> None:
@@ -59,9 +59,9 @@ def test_tars_of_webdataset_give_members_with_their_places(tmp_path: Path) -> No
                 tar.addfile(entry, io.BytesIO(data))
     for location in (str(tmp_path), str(tmp_path / "*.tar")):
         clips = read_clip_list(location)
-        assert clips.keys == ["k0", "k1"]
-        assert clips.sources == ["0.tar::k0.mp4", "1.tar::k1.mp4"]
-        offset, size = clips.source_offsets[1], clips.source_bytes[1]
+        assert clips.column("key") == ["k0", "k1"]
+        assert clips.column("source") == ["0.tar::k0.mp4", "1.tar::k1.mp4"]
+        offset, size = clips.column("source_offset")[1], clips.column("source_bytes")[1]
         assert offset is not None
         assert size is not None
         assert (tmp_path / "1.tar").read_bytes()[offset : offset + size] == b"video1"
@@ -75,21 +75,21 @@ def test_parts_of_one_video_are_clips_of_their_own(tmp_path: Path) -> None:
         {"file_name": "a.mp4", "text": "y", "start_s": 2.5},
     )
     clips = read_clip_list(str(tmp_path))
-    assert clips.keys == ["a.mp4#0-2.5", "a.mp4#2.5-"]
-    assert clips.starts_s == [0.0, 2.5]
+    assert clips.column("key") == ["a.mp4#0-2.5", "a.mp4#2.5-"]
+    assert clips.column("start_s") == [0.0, 2.5]
 
 
 def test_a_key_column_names_the_clips_and_other_columns_are_found_by_name(tmp_path: Path) -> None:
     _videos(tmp_path, "a.mp4")
     _jsonl(tmp_path, {"id": 17, "video": "a.mp4", "prompt": "x"})
     clips = read_clip_list(str(tmp_path), video_key="video", caption_key="prompt")
-    assert clips.keys == ["17"]
+    assert clips.column("key") == ["17"]
 
 
 def test_limit_takes_the_first_clips(tmp_path: Path) -> None:
     _videos(tmp_path, *(f"{n}.mp4" for n in range(5)))
     _jsonl(tmp_path, *({"file_name": f"{n}.mp4", "text": "x"} for n in range(5)))
-    assert read_clip_list(str(tmp_path), limit=2).keys == ["0.mp4", "1.mp4"]
+    assert read_clip_list(str(tmp_path), limit=2).column("key") == ["0.mp4", "1.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -156,4 +156,4 @@ def test_a_list_of_which_no_file_exists_is_taken_for_a_wrong_folder(tmp_path: Pa
     with pytest.raises(InputError, match="none of the 2 files"):
         read_clip_list(str(tmp_path))
     _videos(tmp_path, "a.mp4")
-    assert read_clip_list(str(tmp_path)).source_bytes == [5, None]
+    assert read_clip_list(str(tmp_path)).column("source_bytes") == [5, None]

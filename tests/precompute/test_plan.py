@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimir_precompute.clip_list import ClipList
+from mimir_precompute import clip_columns, hash_order
+from mimir_precompute.clip_columns import ClipList
 from mimir_precompute.config import Bucket
 from mimir_precompute.plan import PlanReport, PlanRequest, update_plan
+from mimir_shared import plan_file
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.storage import LocalStorage
@@ -17,18 +19,12 @@ from mimir_shared.storage import LocalStorage
 REQUEST = PlanRequest(preset="tiny", shard_size=4)
 
 
-def _clips(captions: dict[str, str], root: str = "/clips") -> ClipList:
-    count = len(captions)
-    return ClipList(
-        root=Path(root),
-        keys=list(captions),
-        sources=[f"{key}.mp4" for key in captions],
-        captions=list(captions.values()),
-        source_bytes=[10] * count,
-        source_offsets=[None] * count,
-        starts_s=[None] * count,
-        ends_s=[None] * count,
-    )
+def _clips(captions: dict[str, str], root: str = "/clips", further: dict[str, list[object]] | None = None) -> ClipList:
+    clips = ClipList(Path(root))
+    for number, (key, caption) in enumerate(captions.items()):
+        own = {name: values[number] for name, values in (further or {}).items()}
+        clips.add(key=key, source=f"{key}.mp4", caption=caption, source_bytes=10, further=own)
+    return clips
 
 
 def _plan(storage: LocalStorage, captions: dict[str, str], request: PlanRequest = REQUEST) -> tuple[Plan, PlanReport]:
@@ -179,11 +175,61 @@ def test_plan_files_of_two_caches_cannot_be_mixed(tmp_path: Path) -> None:
 
 def test_the_users_columns_are_kept(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
-    clips = _clips({"a": "1", "b": "2"})
-    clips.extra = {"score": [0.5, None], "mixed": [1, "x"], "row": [7, 8]}
+    clips = _clips({"a": "1", "b": "2"}, further={"score": [0.5, None], "mixed": [1, "x"], "row": [7, 8]})
     plan, _ = update_plan(storage, None, clips, REQUEST)
     assert plan is not None
     by_key = {row["key"]: row for row in plan.files[0].table.to_pylist()}
     assert (by_key["a"]["score"], by_key["b"]["score"]) == (0.5, None)
     assert (by_key["a"]["mixed"], by_key["b"]["mixed"]) == ("1", '"x"')
     assert by_key["a"]["user_row"] == 7
+
+
+def test_pieces_of_any_size_give_the_same_plan_and_the_same_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {f"{n:03d}": f"about {n}" for n in range(200)}
+    after = {key: caption + (" changed" if key < "020" else "") for key, caption in before.items() if key < "180"}
+    further: dict[str, list[object]] = {
+        "number": [n if n < 100 else n / 2 for n in range(200)],
+        "mixed": [n if n < 150 else "x" for n in range(200)],
+        "late": [None if n < 150 else {"b": n} if n % 2 else {"a": "x"} for n in range(200)],
+    }
+    plans = {}
+    for pieces in ("small", "whole"):
+        with monkeypatch.context() as patch:
+            if pieces == "small":
+                patch.setattr(clip_columns, "CHUNK_CLIPS", 7)
+                patch.setattr(hash_order, "PART_CLIPS", 11)
+            storage = LocalStorage(tmp_path / pieces)
+            update_plan(storage, None, _clips(before, further=further), REQUEST)
+            plan, report = update_plan(storage, read_plan(storage), _clips({**after, "new": "n"}), REQUEST)
+        assert plan is not None
+        assert (report.new, report.changed, report.removed, report.unchanged) == (1, 20, 20, 160)
+        plans[pieces] = [storage.read(f"plan/{number:04d}.parquet") for number in range(2)]
+    assert plans["small"] == plans["whole"]
+    columns = plan.files[0].table.to_pydict()
+    by_key = dict(
+        zip(columns["key"], zip(columns["number"], columns["mixed"], columns["late"], strict=True), strict=True)
+    )
+    assert by_key["001"] == (1.0, "1", None)
+    assert by_key["151"] == (75.5, '"x"', {"a": None, "b": 151})
+
+
+def test_a_plan_of_many_groups_is_read_by_the_rows_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_file, "GROUP_ROWS", 10)
+    monkeypatch.setattr(plan_file, "_MAPPED_BYTES", 1)
+    captions = {f"{n:03d}": f"about {n}" for n in range(105)}
+    storage = LocalStorage(tmp_path)
+    _plan(storage, captions)
+    plan = read_plan(storage)
+    assert plan.files[0]._file.num_row_groups == 11
+    # shards of 4 cross the borders of groups of 10
+    assert sorted(clip.key for shard in reversed(range(27)) for clip in plan.shard_clips(shard)) == sorted(captions)
+    assert [plan.file_of(shard).num_clips(shard) for shard in (0, 25, 26)] == [4, 4, 1]
+    plan, _ = _plan(storage, {**captions, "007": "changed"})
+    assert plan.num_current == len(plan.newest_rows()) == 105
+    (changed,) = plan.shard_clips(27)
+    assert [older.caption for older in plan.older_rows(changed)] == ["about 7"]
+    assert plan.files[0].find("nobody") is None

@@ -209,7 +209,7 @@ def _write_plan(storage: LocalStorage, clips: Mapping[str, int], shard_size: int
         first_shard=0,
         num_shards=num_shards,
     )
-    storage.create("plan/0000.parquet", write_plan(settings, columns, None))
+    storage.create("plan/0000.parquet", write_plan(settings, columns))
 
 
 def _write_spec(
