@@ -73,10 +73,10 @@ def write_records(cache: Path) -> None:
 
 
 OPEN_AS_A_WORKER = """
-import sys
+import pathlib, sys
 from mimir_shared.plan_file import read_plan
 from mimir_shared.storage import LocalStorage
-plan = read_plan(LocalStorage(sys.argv[1]))
+plan = read_plan(LocalStorage(pathlib.Path(sys.argv[1])))
 sizes = {shard: plan.file_of(shard).num_clips(shard) for shard in range(plan.num_shards)}
 for shard in range(0, plan.num_shards, max(plan.num_shards // 8, 1)):
     assert len(plan.shard_clips(shard)) == sizes[shard]
