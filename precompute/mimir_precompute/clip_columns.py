@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,8 @@ class ClipList:
         """
         self.root = root
         self._count = 0
+        self.num_missing = 0
+        """Clips whose source was not there."""
         self._own: dict[str, list[Any]] = {name: [] for name in LISTED}
         self._further: dict[str, list[Any]] = {}
         self._characters = 0
@@ -68,6 +70,7 @@ class ClipList:
         for name, column in self._further.items():
             column.append(None if further is None else further.get(name))
         self._count += 1
+        self.num_missing += source_bytes is None
         self._characters += len(caption)
         if before + 1 >= CHUNK_CLIPS or self._characters > _CHUNK_CHARACTERS:
             self._close_chunk()
@@ -75,10 +78,22 @@ class ClipList:
     def tables(self) -> list[pa.Table]:
         """All clips: LISTED, then the further columns under the names that they have in a plan; equal schemas."""
         self._close_chunk()
-        names = list(dict.fromkeys(name for chunk in self._chunks for name in chunk.further))
-        types = {name: _common_type([chunk.further[name] for chunk in self._chunks if name in chunk.further])
-                 for name in names}  # fmt: skip
+        types = self._further_types()
         return [chunk.table(types) for chunk in self._chunks]
+
+    def give_away(self, seed: int) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Each of the tables and its hashes; the list lets go of it, for one copy of all captions is enough."""
+        hashes, types = self.hashes(seed), self._further_types()
+        self._hashes = None
+        for of_table in hashes:
+            yield self._chunks.pop(0).table(types), of_table
+
+    def _further_types(self) -> dict[str, pa.DataType | None]:
+        names = dict.fromkeys(name for chunk in self._chunks for name in chunk.further)
+        return {
+            name: _common_type([chunk.further[name] for chunk in self._chunks if name in chunk.further])
+            for name in names
+        }
 
     def hashes(self, seed: int) -> list[np.ndarray]:
         """`hash_keys` of each of the tables."""
@@ -90,12 +105,6 @@ class ClipList:
     def column(self, name: str) -> list[Any]:
         """One column of all clips."""
         return [value for table in self.tables() for value in table[name].to_pylist()]
-
-    @property
-    def num_missing(self) -> int:
-        """Clips whose source was not there."""
-        self._close_chunk()
-        return sum(chunk.own["source_bytes"].null_count for chunk in self._chunks)
 
     def _close_chunk(self) -> None:
         if self._own["key"]:

@@ -15,20 +15,18 @@ class HashOrder:
     """Clips by (hash, key), in parts that each hold a range of hashes."""
 
     def __init__(self, clips: ClipList, seed: int, *, at_least: int = 0) -> None:
-        """Sort each table of the list on its own.
+        """Take the clips out of their list, and sort each of its tables on its own.
 
         Args:
             at_least: clips of another list, that is compared part by part: a part is to have no more of it either.
         """
         self._tables: list[pa.Table] = []
         self._hashes: list[np.ndarray] = []
-        tables, hashes = clips.tables(), clips.hashes(seed)
-        self.schema = tables[0].schema if tables else pa.schema([])
-        for index, of_table in enumerate(hashes):
-            order = np.argsort(of_table)
-            self._tables.append(tables[index].take(order))
-            self._hashes.append(of_table[order])
-            tables[index] = None  # one copy of the captions is enough
+        for table, hashes in clips.give_away(seed):
+            order = np.argsort(hashes)
+            self._tables.append(table.take(order))
+            self._hashes.append(hashes[order])
+        self.schema = self._tables[0].schema if self._tables else pa.schema([])
         num_parts = max(len(clips), at_least) // PART_CLIPS + 1
         self.bounds = np.array([part * 2**64 // num_parts for part in range(1, num_parts)], np.uint64)
         """Hashes at which a part ends and the next one begins."""
