@@ -51,8 +51,9 @@ def run(
                                                           "repeatable.", show_default=False,
                                                           rich_help_panel=_SETTINGS)] = None,
     feature: FeatureOption = None,
-    global_batch_size: Annotated[int | None, typer.Option(help="Clips of a step over all ranks.", min=1,
-                                                          show_default=False, rich_help_panel=_DATA)] = None,
+    global_batch_size: Annotated[int | None, typer.Option(help="Clips of a step over all ranks; packs, with "
+                                                          "--tokens-per-pack.", min=1, show_default=False,
+                                                          rich_help_panel=_DATA)] = None,
     tokens_per_pack: Annotated[int | None, typer.Option(help="Pack clips of all buckets into sequences of at most so "
                                                         "many tokens, unpadded; a step is then --global-batch-size "
                                                         "packs.", min=1, show_default=False,
