@@ -166,6 +166,11 @@ def test_fewer_packs_than_a_step_takes_are_refused() -> None:
         order_of(bucket("video", [4]), packs=9)
 
 
+def test_no_clip_at_all_is_refused() -> None:
+    with pytest.raises(InputError, match="the 0 training clips make 0 packs of 40 tokens"):
+        order_of()
+
+
 def test_fill_and_what_is_left_over_are_told() -> None:
     order = order_of(bucket("video", [5]), bucket("image", [4]), packs=2)
     first, second = order.describe()

@@ -116,7 +116,7 @@ class PackedOrder:
     @property
     def num_packs(self) -> int:
         """Of an epoch, those included that no step takes."""
-        return self._kind_ends[-1]
+        return sum(kind.count for kind in self.kinds)
 
     @property
     def steps_per_epoch(self) -> int:
