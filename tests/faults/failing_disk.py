@@ -3,13 +3,18 @@
 import ctypes
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import pytest
+
 from mimir_shared.disk import Disk
+from tests.faults.workers import end_of, start
 
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _MS_RDONLY, _MS_REMOUNT = 1, 32
+NOT_ALLOWED = 77
 
 
 class FailingDisk(Disk):
@@ -68,7 +73,7 @@ class _FailingFile(io.FileIO):
         return super().write(data)
 
 
-def enter_own_mounts() -> bool:
+def _enter_own_mounts() -> bool:
     """Give this process mounts of its own; False where the system does not let it. For a forked child."""
     library = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
@@ -89,3 +94,17 @@ def mount_memory(folder: Path, options: str, *, again: bool = False, read_only: 
     library = ctypes.CDLL(None, use_errno=True)
     if library.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, options.encode()) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+
+
+def in_own_mounts(work: Callable[[], None]) -> None:
+    """Run `work` in a child with mounts of its own; skip where that is not allowed."""
+
+    def child() -> None:
+        if not _enter_own_mounts():
+            os._exit(NOT_ALLOWED)
+        work()
+
+    code = end_of(start(child))
+    if code == NOT_ALLOWED:
+        pytest.skip("this system does not let a user mount; the disk that fails by itself stands for it")
+    assert code == 0

@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,9 @@ import pytest
 from mimir_shared import failpoints
 from mimir_shared.errors import MachineError
 from tests.faults.conftest import World
-from tests.faults.failing_disk import FailingDisk, enter_own_mounts, mount_memory
+from tests.faults.failing_disk import FailingDisk, in_own_mounts, mount_memory
 from tests.faults.workers import assert_same_cache, compared, encode, end_of, make_clips, start
 from tests.programs import BIN, environment
-
-NOT_ALLOWED = 77
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +59,6 @@ def test_a_disk_that_fails_from_its_nth_operation_on_stops_the_run_for_every_n_a
     assert stopped > operations - 10
 
 
-def _in_own_mounts(work: Callable[[], None]) -> None:
-    """Run `work` in a child with mounts of its own; skip where that is not allowed."""
-
-    def child() -> None:
-        if not enter_own_mounts():
-            os._exit(NOT_ALLOWED)
-        work()
-
-    code = end_of(start(child))
-    if code == NOT_ALLOWED:
-        pytest.skip("this system does not let a user mount; the disk that fails by itself stands for it")
-    assert code == 0
-
-
 @pytest.mark.parametrize("size", ["24k", "64k", "140k", "200k"])
 def test_a_full_disk_is_told_with_what_is_free_and_the_run_goes_on_when_there_is_room(
     world: World, tmp_path: Path, size: str
@@ -91,7 +74,7 @@ def test_a_full_disk_is_told_with_what_is_free_and_the_run_goes_on_when_there_is
         encode(tmp_path / "cache", world.clips)
         assert_same_cache(tmp_path / "cache", world.uninterrupted)
 
-    _in_own_mounts(fill_and_mend)
+    in_own_mounts(fill_and_mend)
 
 
 def test_a_read_only_cache_is_told_before_any_model_is_looked_for(world: World, tmp_path: Path) -> None:
@@ -106,7 +89,7 @@ def test_a_read_only_cache_is_told_before_any_model_is_looked_for(world: World, 
         assert "the cache folder cannot be written: Read-only file system" in done.stderr
         assert compared(tmp_path / "cache").items() <= world.uninterrupted.items()
 
-    _in_own_mounts(make_read_only_and_encode)
+    in_own_mounts(make_read_only_and_encode)
 
 
 @pytest.mark.parametrize("point", ["data.written", "data.dir_synced", "record.linked", "empty.linked"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mimir_shared.errors import CacheError, InputError, MachineError
+from mimir_shared.sealed import write_sealed_json
 from mimir_train.checkpoint import (
     MANIFEST,
     check_checkpoint,
@@ -91,31 +92,41 @@ def test_no_checkpoint_at_all_is_said(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-def test_every_flipped_bit_is_refused(run: Path) -> None:
+def passed_over(run: Path) -> str:
+    """What is said of the newest checkpoint, in whose place the one before is found."""
+    said: list[str] = []
+    assert find_checkpoint(run, say=said.append).name == "step-00000002"
+    assert len(said) == 1
+    return said[0]
+
+
+def test_a_hundred_flipped_bits_are_refused_and_the_last_good_one_found(run: Path) -> None:
     folder = run / "checkpoints/step-00000004"
     generator = random.Random(0)
     for path in files_of(folder):
         size = path.stat().st_size
-        for offset in {0, size - 1, *(generator.randrange(size) for _ in range(14))}:
+        for offset in {0, size - 1, *generator.sample(range(1, size - 1), 23)}:
             with flipped_byte(path, offset):
-                problem = check_checkpoint(folder)
-                assert problem is not None, f"{path} at {offset}"
-                assert path.name in problem
-    assert check_checkpoint(folder) is None
+                assert path.name in passed_over(run), f"{path} at {offset}"
+    assert len(files_of(folder)) * 25 == 100
+    assert find_checkpoint(run) == folder
 
 
-def test_every_cut_is_refused(run: Path) -> None:
+def test_fifty_cuts_are_refused_and_the_last_good_one_found(run: Path) -> None:
     folder = run / "checkpoints/step-00000004"
     generator = random.Random(1)
+    num_cuts = 0
     for path in files_of(folder):
         whole = path.read_bytes()
-        for length in (0, len(whole) - 1, *(generator.randrange(len(whole)) for _ in range(5))):
+        for length in {0, len(whole) - 1, *generator.sample(range(1, len(whole) - 1), 11)}:
             path.write_bytes(whole[:length])
-            assert check_checkpoint(folder) is not None, f"{path} cut to {length}"
+            assert path.name in passed_over(run), f"{path} cut to {length}"
+            num_cuts += 1
         path.unlink()
-        assert check_checkpoint(folder) is not None, f"{path} removed"
+        assert path.name in passed_over(run), f"{path} removed"
         path.write_bytes(whole)
-    assert check_checkpoint(folder) is None
+    assert num_cuts >= 50
+    assert find_checkpoint(run) == folder
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud_and_the_last_good_one_taken(
@@ -206,3 +217,12 @@ def test_only_the_newest_checkpoints_are_kept(small_cache: Path, tmp_path: Path)
     )
     train(config)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000005"]
+
+
+def test_a_checkpoint_of_the_earlier_layout_is_refused_by_its_version(run: Path) -> None:
+    for folder in list_checkpoints(run):
+        document = {**json.loads((folder / MANIFEST).read_text()), "version": 1}
+        del document["seal"]
+        (folder / MANIFEST).write_bytes(write_sealed_json(document))
+    with pytest.raises(CacheError, match=r"a checkpoint of version 1, and this program reads version 2; go on"):
+        train(resumed_config(run), "latest")
