@@ -36,13 +36,14 @@ def alone(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_sharded_ranks_go_on_bit_for_bit_and_each_writes_its_part(small_cache: Path, tmp_path: Path) -> None:
+    settings = {**FSDP, "ema__profiles": ["fixed:0.9"]}
     train_on_ranks(2, [
-        tiny_config(small_cache, tmp_path / "whole", **FSDP),
-        tiny_config(small_cache, tmp_path / "parts", run__stop_at_step=5, **FSDP),
+        tiny_config(small_cache, tmp_path / "whole", **settings),
+        tiny_config(small_cache, tmp_path / "parts", run__stop_at_step=5, **settings),
     ])  # fmt: skip
     train_on_ranks(2, [resumed_config(tmp_path / "parts")], "latest")
     whole, rest = (tmp_path / name / "checkpoints/step-00000010" for name in ("whole", "parts"))
-    for part in ("model", "optimizer", "random"):
+    for part in ("model", "optimizer", "ema", "random"):
         expected, found = tensors_of(whole, part), tensors_of(rest, part)
         assert expected.keys() == found.keys()
         assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []

@@ -15,7 +15,7 @@ import pytest
 from mimir_train import cli
 from mimir_train.batch import BatchLoader, find_layout
 from mimir_train.cache_reader import open_cache
-from mimir_train.checkpoint import find_checkpoint
+from mimir_train.checkpoint import find_checkpoint, list_checkpoints
 from mimir_train.order import TrainingOrder
 from tests.programs import environment
 from tests.train.caches import VIDEO, build_cache, make_feature, place_of
@@ -99,6 +99,33 @@ def test_sigterm_saves_once_and_the_run_goes_on_from_there(
                         "--max-train-steps", len(steps) + 2)  # fmt: skip
     assert code == 0, err
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(len(steps) + 2))
+
+
+def test_a_second_sigterm_ends_a_save_at_once(small_cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = (
+        "import sys, time\n"
+        "from mimir_shared import failpoints\n"
+        "from mimir_train.cli import main\n"
+        "def hold(name):\n"
+        "    if name == 'checkpoint.manifest_written': print('held', flush=True); time.sleep(600)\n"
+        "failpoints.arm(hold)\n"
+        f"sys.argv = ['mimir-train', 'run', '--cache', {str(small_cache)!r}, '--preset', 'tiny', '--output-dir', "
+        f"{str(run)!r}, '--max-train-steps', '1000', '--checkpointing-steps', '1', *{SMALL!r}]\n"
+        "main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGTERM)
+    while "SIGTERM: finishing this step" not in (line := process.stderr.readline()):
+        assert line, "it ended by the first"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    assert list_checkpoints(run) == []
 
 
 def test_order_says_which_clips_each_rank_sees(small_cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
