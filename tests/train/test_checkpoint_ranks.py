@@ -52,8 +52,9 @@ def test_two_sharded_ranks_go_on_bit_for_bit_and_each_writes_its_part(small_cach
     assert set(tensors_of(whole, "random")) == {"random.rank00000.cpu", "random.rank00001.cpu"}
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
     # and one process reads it whole, for sampling
-    dit = open_checkpoint(whole, print).load_transformer()
-    assert torch.equal(dit.proj_out.weight, tensors_of(whole)["model.dit.proj_out.weight"])
+    for weights, part in (("raw", "model"), ("fixed:0.9", "ema")):
+        dit = open_checkpoint(whole, print, weights=weights).load_transformer()
+        assert torch.equal(dit.proj_out.weight, tensors_of(whole, part)[f"{part}.dit.proj_out.weight"])
 
 
 def test_four_then_two_then_one_then_two_ranks_train_as_one_process_does(
