@@ -1,6 +1,6 @@
 """How long the steps stand still for a checkpoint: written in the background, and waited for.
 
-    python benchmarks/checkpoint_stall.py [--gigabytes 0.001 1.0] [--repeats 5] [--folder DIR]
+    python benchmarks/checkpoint_stall.py [--gigabytes 0.001 0.3] [--repeats 5] [--folder DIR]
 
 The state is that of one process: weights and two moments of AdamW for each, float32. The two ways take turns, so that
 both meet the same disk; medians. "stands still" is what `CheckpointSaver.start` takes, "in place after" the time from
@@ -96,7 +96,7 @@ def measure(gigabytes: float, repeats: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.001, 1.0])
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.001, 0.3])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: a temporary one")
     arguments = parser.parse_args()
