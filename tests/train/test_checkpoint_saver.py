@@ -1,6 +1,8 @@
 """Checkpoints are written beside the steps: what is saved is what was there when it began, and faults are told."""
 
 import errno
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from mimir_shared.disk import Disk
 from mimir_shared.errors import InputError, MachineError
 from mimir_train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints
 from mimir_train.checkpoint_saver import Kept
+from mimir_train.config import OptimizerConfig
 from mimir_train.learning_rate import rate_factor
 from mimir_train.loop import train
 from tests.faults.failing_disk import FailingDisk
@@ -86,6 +89,21 @@ def test_steps_go_on_while_a_checkpoint_is_written(small_cache: Path, tmp_path: 
     assert seen[0] >= 3
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-0000000{n}" for n in (2, 4, 6)]
     assert outcome.checkpoint == find_checkpoint(tmp_path / "run")
+
+
+def test_sigterm_is_answered_by_a_checkpoint_before_any_validation(
+    small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate_and_sigterm(config: OptimizerConfig, step: int, max_train_steps: int) -> float:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate_factor(config, step, max_train_steps)
+
+    monkeypatch.setattr("mimir_train.loop.rate_factor", rate_and_sigterm)
+    outcome = train(tiny_config(small_cache, tmp_path / "run", data__validation_shards=1, run__validation_steps=1))
+    assert outcome.stopped_by_signal
+    assert ["validation/loss" in line for line in metrics_of(tmp_path / "run")] == [True, True, False]
+    assert step_names(tmp_path / "run") == ["step-00000003"]
 
 
 def test_one_save_is_under_way_at_a_time(tmp_path: Path) -> None:

@@ -134,13 +134,13 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                 figures |= {"bad_samples": num_bad} if num_bad else {}
                 if batch.step % config.run.fuser_figures_steps == 0:
                     figures |= fuser_figures(trainer.model.fuser, batch, parallel)
-                if trainer.validation is not None and is_due(steps_done, config.run.validation_steps, last_step):
+                stopped = report.stop_requested  # who sends SIGTERM waits for a checkpoint, not for a judgement
+                if trainer.validation and not stopped and is_due(steps_done, config.run.validation_steps, last_step):
                     figures |= judge(trainer, trainer.validation, batch.step)
                     sample_validation(trainer, trainer.validation, run, steps_done)
                 for sink in sinks:
                     sink.add(figures)
 
-                stopped = report.stop_requested
                 if report.save_failed:
                     saver.wait()  # raises, on all ranks at the same step
                 if stopped or is_due(steps_done, config.run.checkpointing_steps, last_step):
