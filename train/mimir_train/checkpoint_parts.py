@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.fsdp import FSDPModule
 
 from mimir_shared.errors import CacheError
 from mimir_train.checkpoint import CheckpointInfo
 from mimir_train.checkpoint_storage import PieceReader, faults_of_ranks
+from mimir_train.sharding import let_go_of_whole
 
 Dims = tuple[int, ...]
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and activation checkpointing put into the names of what they wrap."""
 
 
 class CheckpointPart(Protocol):
@@ -123,18 +120,9 @@ class RandomPart:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter by its plain name, as the optimizer holds it: this rank's shard where the model is sharded."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # between forward and backward the whole parameter stands in the shard's place
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
-
-
-def plain_name(name: str) -> str:
-    """The name that a parameter has in the model as it was built."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """Every parameter by its name, as the optimizer holds it: this rank's shard where the model is sharded."""
+    let_go_of_whole(model)  # until then the whole parameter may stand in the shard's place
+    return dict(model.named_parameters())
 
 
 def live_tensors(parts: Mapping[str, CheckpointPart]) -> dict[str, Tensor]:
