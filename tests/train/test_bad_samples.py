@@ -16,8 +16,17 @@ from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.loop import train
 from mimir_train.order import TrainingOrder
 from mimir_train.step_reader import ReadOptions, StepReader
-from tests.train.caches import IMAGE, VIDEO, build_cache, flipped_byte, place_of, resumed_config, tiny_config
-from tests.train.test_loop import losses_of, metrics_of
+from tests.train.caches import (
+    IMAGE,
+    VIDEO,
+    build_cache,
+    flipped_byte,
+    losses_of,
+    metrics_of,
+    place_of,
+    resumed_config,
+    tiny_config,
+)
 
 BAD = (5, 11, 30)
 """Numbers of clips with a flipped byte."""

@@ -13,33 +13,23 @@ from mimir_train.commands import RunRequest, build_config
 from mimir_train.config import TrainConfig
 from mimir_train.loop import train
 from mimir_train.lora import add_adapters
-from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.open_checkpoint import open_checkpoint
-from mimir_train.transformer_folder import load_transformer, save_transformer
-from tests.train.caches import CHANNELS, T5_WIDTH, losses_of, metrics_of, resumed_config, tiny_config
+from mimir_train.transformer_folder import load_transformer
+from tests.train.caches import losses_of, metrics_of, resumed_config, tiny_config
 from tests.train.checkpoints import tensors_of
 from tests.train.hand_made_checkpoint import flip_last_bit
+from tests.train.initial_transformer import CONFIG, write_transformer
 from tests.train.ranks import train_on_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CONFIG = DiTConfig(
-    num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=CHANNELS, out_channels=CHANNELS,
-    time_embed_dim=24, text_embed_dim=T5_WIDTH,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer without a zero, in a folder of a pipeline. Not to be written to."""
-    torch.manual_seed(1)
-    model = DiT(CONFIG)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     folder = tmp_path_factory.mktemp("base")
-    save_transformer(CONFIG, model.state_dict(), folder / "transformer")
+    write_transformer(folder / "transformer")
     return folder
 
 

@@ -5,7 +5,6 @@ texts). Model, noise schedule, target, loss, gradient, clipping, groups and rate
 """
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,12 @@ from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.config import TrainConfig
 from mimir_train.dataset import Batch
 from mimir_train.loop import train
-from mimir_train.model.config import DiTConfig
-from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import LlmFeatures, TokenFuser
 from mimir_train.objective import keyed_normal, sample_text_dropout, sample_timesteps
 from mimir_train.open_checkpoint import open_checkpoint
 from mimir_train.step_reader import ReadOptions
-from mimir_train.transformer_folder import save_transformer
-from tests.train.caches import (
-    CHANNELS,
-    HEIGHT,
-    NUM_INSTRUCTIONS,
-    T5_ROWS,
-    T5_WIDTH,
-    WIDTH,
-    losses_of,
-    tiny_config,
-)
+from tests.train.caches import NUM_INSTRUCTIONS, T5_ROWS, losses_of, tiny_config
+from tests.train.initial_transformer import write_transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,22 +32,6 @@ STEPS, BATCH, SEED = 50, 8, 42
 SCALING, DROPOUT = 0.9, 0.25
 RATE, FUSER_RATE, WARMUP, CLIP, DECAY = 1e-3, 3e-3, 5, 0.5, 0.1
 Scheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
-TRANSFORMER = DiTConfig(
-    num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=CHANNELS, out_channels=CHANNELS,
-    time_embed_dim=24, text_embed_dim=T5_WIDTH, sample_height=HEIGHT, sample_width=WIDTH, sample_frames=9,
-    max_text_seq_length=T5_ROWS,
-)  # fmt: skip
-
-
-def random_transformer(folder: Path, text_tokens: int) -> Path:
-    """A diffusers folder without a zero, so that no part is hidden from the comparison."""
-    torch.manual_seed(1)
-    model = DiT(TRANSFORMER)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    save_transformer(replace(TRANSFORMER, max_text_seq_length=text_tokens), model.state_dict(), folder)
-    return folder
 
 
 def run_config(cache: Path, run: Path, transformer: Path, fuser: str, **settings: object) -> TrainConfig:
@@ -160,7 +132,8 @@ def plain_losses(cache: Cache, model: PlainModel, scheduler: Scheduler) -> list[
 def test_fifty_steps_have_the_losses_of_a_plain_loop_with_diffusers(
     small_cache: Path, tmp_path: Path, fuser: str, scheduler_class: type, shift: float
 ) -> None:
-    folder = random_transformer(tmp_path / "transformer", T5_ROWS + (NUM_INSTRUCTIONS if fuser == "mimir" else 0))
+    text_tokens = T5_ROWS + (NUM_INSTRUCTIONS if fuser == "mimir" else 0)
+    folder = write_transformer(tmp_path / "transformer", text_tokens=text_tokens)
     settings = {"objective__snr_shift_scale": shift}
     start = first_fuser(small_cache, tmp_path / "start", folder, fuser)
     train(run_config(small_cache, tmp_path / "run", folder, fuser, **settings))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from mimir_train.config import TrainConfig
 from mimir_train.loop import train
+from mimir_train.sharding import state_bytes
 from tests.train.caches import tiny_config
 from tests.train.checkpoints import tensors_of
 from tests.train.ranks import metrics_of, train_on_ranks
@@ -85,6 +86,14 @@ def test_validation_samples_of_a_sharded_model_are_those_of_a_whole_one(runs: di
     alone = sampled("alone")
     for name in ("fsdp on 1", "fsdp on 2", "hsdp-2x2 on 4"):
         torch.testing.assert_close(sampled(name), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_states_of_frozen_parameters_are_themselves_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
+    assert state_bytes(model, 0) == 2 * 100 * 16  # parameter, gradient, two moments
+    model[0].requires_grad_(False)
+    assert state_bytes(model, 0) == 100 * 16 + 100 * 4
+    assert state_bytes(model, 2) == 100 * (16 + 2 * 4) + 100 * 4
 
 
 def test_bfloat16_computes_the_same_whole_and_sharded(small_cache: Path, tmp_path: Path) -> None:
