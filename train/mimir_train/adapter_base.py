@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mimir_shared.errors import CacheError
 from mimir_shared.storage import machine_faults
-from mimir_train.checkpoint import BaseRecord, LoraRecord, digest_file
+from mimir_train.checkpoint import BaseRecord, FileDigest, LoraRecord, digest_file
 from mimir_train.config import LoraConfig
 from mimir_train.initial_transformer import locate_transformer
 from mimir_train.transformer_folder import weight_files
@@ -12,9 +12,7 @@ from mimir_train.transformer_folder import weight_files
 
 def record_adapters(lora: LoraConfig, init_from: str, folder: Path) -> LoraRecord:
     """What a checkpoint says of adapters; every byte of their base is read for it."""
-    with machine_faults(f"{folder}: reading the transformer that adapters are trained on"):
-        files = {path.name: digest_file(path) for path in weight_files(folder)}
-    base = BaseRecord(name=init_from, files=files)
+    base = BaseRecord(name=init_from, files=_digests(folder))
     return LoraRecord(rank=lora.rank, alpha=lora.settled_alpha, targets=lora.targets, base=base)
 
 
@@ -27,19 +25,21 @@ def find_base(record: BaseRecord, name: str, option: str, *, verify: bool) -> Pa
     Raises: InputError where there is none such; CacheError where it is another.
     """
     folder = locate_transformer(name, option)
-    if verify:
-        with machine_faults(f"{folder}: reading the transformer that adapters were trained on"):
-            found = {path.name: digest_file(path) for path in weight_files(folder)}
-        for file in sorted(found.keys() | record.files.keys()):
-            if found.get(file) != record.files.get(file):
-                there = "is not there" if file not in found else "has other bytes"
-                there = there if file in record.files else "was not there"
-                raise CacheError(
-                    f"{folder}: not the transformer that the adapters were trained on ({record.name}): {file} {there}; "
-                    f"give that one by {option}"
-                )
+    found = _digests(folder) if verify else record.files
+    for file in sorted(found.keys() | record.files.keys()):
+        if found.get(file) != record.files.get(file):
+            problem = "is missing" if file not in found else "has other bytes" if file in record.files else "is new"
+            raise CacheError(
+                f"{folder}: not the transformer that the adapters were trained on ({record.name}): {file} {problem}; "
+                f"give that one by {option}"
+            )
     return folder
 
 
 def lora_config(record: LoraRecord) -> LoraConfig:
     return LoraConfig(rank=record.rank, alpha=record.alpha, targets=record.targets)
+
+
+def _digests(folder: Path) -> dict[str, FileDigest]:
+    with machine_faults(f"{folder}: reading the transformer that adapters stand on"):
+        return {path.name: digest_file(path) for path in weight_files(folder)}
