@@ -40,6 +40,7 @@ from mimir_train.parallel import Parallel, peer_faults, start_parallel
 from mimir_train.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint
 from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
 from mimir_train.sharding import Sharing, average_gradients, clip_gradients
+from mimir_train.spikes import SpikeWatch
 from mimir_train.step_figures import StepMeter, fuser_figures
 from mimir_train.step_reader import ReadOptions
 from mimir_train.step_report import RankReport, exchange, refuse_non_finite
@@ -96,7 +97,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
         if parallel.is_first:
             run.write_config(fitted.config)
 
-        steps_done, stopped = first_step, False
+        steps_done, stopped, spikes = first_step, False, SpikeWatch(say)
         with (
             closing(open_bad_samples(trainer, run, first_step, say)) as bad_samples,
             open_metrics(run.path, fitted.config, console, first_step=first_step, is_first=parallel.is_first) as sinks,
@@ -123,7 +124,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                         order.most_clips(parallel.world_size),
                     )
                 num_bad = bad_samples.note(batch.step, report.attempts)
-                refuse_non_finite(report, batch.step, partial(clips_of_step, cache, order, batch.step))
+                find_clips = partial(clips_of_step, cache, order, batch.step)
+                refuse_non_finite(report, batch.step, find_clips)
                 trainer.optimizer.step()
                 trainer.optimizer.zero_grad(set_to_none=True)
 
@@ -132,6 +134,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
                     average.update(steps_done)
                 figures = trainer.meter.figures(batch, report, rates, time.perf_counter() - started)
                 figures |= {"bad_samples": num_bad} if num_bad else {}
+                figures |= spikes.note(report, batch.step, find_clips)
                 if batch.step % config.run.fuser_figures_steps == 0:
                     figures |= fuser_figures(trainer.model.fuser, batch, parallel)
                 stopped = report.stop_requested  # who sends SIGTERM waits for a checkpoint, not for a judgement

@@ -23,7 +23,7 @@ Figures = Mapping[str, float | int | str]
 WANDB_ID_NAME: Final = "wandb-id"
 """File of a run with its name at wandb, so that a run that goes on is the same one there."""
 
-_NOT_PLOTTED = ("step", "bucket")
+_NOT_PLOTTED = ("step", "bucket", "spike_clips")
 
 
 class Sink(Protocol):

@@ -163,8 +163,11 @@ def rows_held(parameter: Tensor) -> tuple[int, int]:
     if not isinstance(parameter, DTensor):
         return 0, num_rows
     mesh = parameter.device_mesh
-    share = -(-num_rows // mesh.size(-1))  # the last dim of the mesh shards: as torch.chunk, the last may have fewer
-    start = min(share * mesh.get_local_rank(-1), num_rows)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, f"this rank is not part of {mesh}"
+    # the last axis of the mesh shards; as torch.chunk cuts, the last ranks may have fewer rows, or none
+    share = -(-num_rows // mesh.size(-1))
+    start = min(share * coordinate[-1], num_rows)
     return start, min(start + share, num_rows)
 
 

@@ -146,11 +146,14 @@ def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[Seque
     ]
     if bad:
         raise NonFiniteLossError(f"step {step}: the loss is {_some(bad)}; {advice}")
-    number = next(n for n, rank in enumerate(report.ranks) if not math.isfinite(rank.grad_norm))
-    own_clips = [str(clip) for clip in clips_of[number]]
+    # the norm is of all ranks' gradients together: none can be blamed by it
+    largest = []
+    for number, rank in enumerate(report.ranks):
+        loss, clip = max(zip(rank.clip_losses, clips_of[number], strict=True), key=lambda pair: pair[0])
+        largest.append(f"{loss:.4g} on rank {number} for clip {clip}")
     raise NonFiniteLossError(
-        f"step {step}: the norm of the gradient is {report.ranks[number].grad_norm} on rank {number}, though losses "
-        f"are all finite; its clips: {_some(own_clips)}; {advice}"
+        f"step {step}: the norm of the gradient over all ranks is {report.grad_norm}, though all losses are finite; "
+        f"the largest of each rank: {_some(largest)}; {advice}"
     )
 
 
