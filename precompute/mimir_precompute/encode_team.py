@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mimir_precompute.config import ModelOptions, TeamOptions
+from mimir_precompute.crowd import conclude_once
 from mimir_precompute.device import choose_device, visible_gpus
 from mimir_precompute.empty_prompt import lacks_empty_prompt
 from mimir_precompute.local_workers import LocalWorker
@@ -149,7 +150,7 @@ def encode_together(job: EncodeJob, task: WorkerTask, team: TeamPlan, *, backoff
             for made in members.run():
                 copied[made.feature] = copied.get(made.feature, 0) + made.copied
     outcome = EncodeOutcome(features=[_made(job, work, copied.get(work.folder.feature, 0)) for work in works.values()])
-    conclude(job, specs, outcome)
+    (conclude if task.crowd == 1 else conclude_once)(job, specs, outcome)
     return outcome
 
 

@@ -90,7 +90,7 @@ class TeamView:
         elif not force and now_s - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = now_s
             for feature, together in self._together.items():
-                if together.workers:
+                if together.workers and feature not in self._told_finished:
                     self.say(f"{feature}: {together.clips}/{together.total} clips · {describe_together(together)}")
 
     def _look(self) -> None:

@@ -185,6 +185,22 @@ def test_a_shard_waits_for_what_it_is_made_from(storage: Storage) -> None:
         assert claims.next() == 0
 
 
+def test_what_other_workers_of_the_run_see_to_is_waited_for_though_nobody_is_at_it(storage: LocalStorage) -> None:
+    answers, llm = FeatureFolder(storage, "answers", FINGERPRINT), FeatureFolder(storage, "llm", FINGERPRINT)
+    with Leases(storage.lease_store()) as leases:
+        claims = ShardClaims(llm, (0,), leases, needs=[answers], needs_will_come=True)
+        assert claims.attempt() == Waiting(1)
+        commit(answers, 0)
+        assert claims.attempt() == 0
+
+
+def test_a_worker_takes_the_shards_first_that_it_is_to_begin_with(storage: LocalStorage, folder: FeatureFolder) -> None:
+    with Leases(storage.lease_store()) as leases:
+        claims = ShardClaims(folder, range(6), leases, begin_with=(2, 5))
+        assert [claims.next(), claims.next()] == [2, 5]
+        assert sorted(claims.next() for _ in range(4)) == [0, 1, 3, 4]
+
+
 def test_what_nobody_makes_is_not_waited_for(storage: Storage) -> None:
     answers, llm = FeatureFolder(storage, "answers", FINGERPRINT), FeatureFolder(storage, "llm", FINGERPRINT)
     with (
