@@ -71,6 +71,11 @@ def upload(folder: Path, storage: ObjectStorage) -> int:
     return len(files)
 
 
+def objects_of(storage: ObjectStorage, directory: str = "") -> dict[str, bytes]:
+    """Name → bytes of all objects below a folder."""
+    return {file.name: storage.read(file.name) for file in storage.files(directory)}
+
+
 def backdate(storage: ObjectStorage, name: str, age_s: float) -> None:
     """Have the service, which runs in this process, say that an object was written so long ago."""
     from moto.core import DEFAULT_ACCOUNT_ID

@@ -3,6 +3,7 @@
 It forwards each request over a connection of its own, unless the plan of faults has something else for it.
 """
 
+import hashlib
 import http.client
 import re
 import socket
@@ -15,7 +16,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 Fault = Literal[
-    "500", "503", "403", "404", "409", "timeout", "trickle", "cut", "short", "flip", "lost", "reset", "stale"
+    "500",
+    "503",
+    "403",
+    "404",
+    "409",
+    "timeout",
+    "trickle",
+    "cut",
+    "short",
+    "flip",
+    "lost",
+    "reset",
+    "stale",
+    "garbled",
+    "partial",
 ]
 Plan = Callable[[str, str, int], Fault | None]
 """(method, path with query, number of the request) → what happens to it."""
@@ -81,17 +96,28 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.choose(self.command, self.path)
         if fault in _CODES:
-            status, code = _CODES[fault]
-            self._answer(status, {}, f"<Error><Code>{code}</Code><Message>as asked</Message></Error>".encode())
+            self._refuse(*_CODES[fault])
         elif fault == "reset":
             self._hang_up()
         elif fault == "timeout":
             time.sleep(self.proxy.timeout_s)
             self._hang_up()
         else:
-            self._pass_on(fault, *self._forward(body))
+            match fault:
+                case "garbled" if body:
+                    body = bytes([body[0] ^ 1]) + body[1:]
+                case "partial" if body:
+                    body = body[: len(body) // 2]
+            announced = self.headers.get("x-amz-content-sha256", "")
+            if len(announced) == 64 and announced != hashlib.sha256(body).hexdigest():
+                self._refuse(400, "XAmzContentSHA256Mismatch")  # as S3 does, and moto does not
+            else:
+                self._pass_on(fault, *self._forward(body))
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle
+
+    def _refuse(self, status: int, code: str) -> None:
+        self._answer(status, {}, f"<Error><Code>{code}</Code><Message>as asked</Message></Error>".encode())
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         upstream = http.client.HTTPConnection("127.0.0.1", self.proxy.upstream_port, timeout=30)

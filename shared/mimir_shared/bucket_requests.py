@@ -52,6 +52,11 @@ class Fault:
 
 
 _TRANSIENT_STATUS: Final = {408, 409, 425, 429}
+_TRANSIENT_CODES: Final = {
+    "RequestTimeout", "SlowDown",
+    # the service has compared what arrived with the hash or the length that were announced
+    "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "BadDigest", "IncompleteBody",
+}  # fmt: skip
 _CREDENTIAL_CODES: Final = {
     "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch",
     "InvalidToken", "AuthenticationFailed",
@@ -91,9 +96,7 @@ def describe_fault(fault: Exception) -> Fault:
         return Fault(cause=shown, advice="the credentials in use may not do this in that bucket; give others, or the "
                      "permission", is_transient=False, status=status)  # fmt: skip
     if status is not None:
-        is_transient = (
-            (status >= 500 and status != 501) or status in _TRANSIENT_STATUS or code in ("RequestTimeout", "SlowDown")
-        )
+        is_transient = (status >= 500 and status != 501) or status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
         return Fault(cause=shown, advice="", is_transient=is_transient, status=status)
     if "BareRedirect" in text:
         return Fault(cause="redirected to nowhere", advice="the region is wrong: set AWS_REGION", is_transient=False)

@@ -23,7 +23,7 @@ from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.snapshot_reader import SnapshotReader, open_snapshot
 from mimir_shared.storage import LocalStorage
-from tests.buckets import QUICK, SECRET, copy_behind, faulty
+from tests.buckets import QUICK, SECRET, copy_behind, faulty, objects_of
 from tests.fault_proxy import Fault, FaultProxy
 from tests.faults.conftest import World
 from tests.programs import run
@@ -70,14 +70,6 @@ def read_everything(reader: SnapshotReader) -> dict[str, dict[str, bytes]]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def objects_of(storage: ObjectStorage, directory: str = "") -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    for name in storage.list(directory):
-        path = f"{directory}/{name}" if directory else name
-        found |= objects_of(storage, path) or {path: storage.read(path)}
-    return found
 
 
 def assert_no_secret(text: str) -> None:

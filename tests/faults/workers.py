@@ -21,6 +21,7 @@ from mimir_shared.errors import MimirError
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import read_plan
 from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
 from tests.fake_encoders import FakeEncoders, tree
 
 NUM_SHARDS, SHARD_SIZE = 5, 2
@@ -41,7 +42,11 @@ def make_clips(folder: Path, count: int = NUM_SHARDS * SHARD_SIZE) -> Path:
 
 def encode(cache: Path, clips: Path, *, clip_s: float = 0.0, disk: Disk | None = None, **options: Any) -> None:
     """Plan if there is no plan, and encode, as the command does."""
-    storage = LocalStorage(cache, disk)
+    encode_into(LocalStorage(cache, disk), clips, clip_s=clip_s, **options)
+
+
+def encode_into(storage: Storage, clips: Path, *, clip_s: float = 0.0, **options: Any) -> None:
+    """As `encode`, wherever the cache lies."""
     storage.check_writable()
     if not storage.list("plan"):
         update_plan(storage, None, read_clip_list(str(clips)), PlanRequest(preset="tiny", shard_size=SHARD_SIZE))

@@ -18,30 +18,41 @@ from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FeatureName
 from mimir_shared.layout import lease_name, second_lease_name
 from mimir_shared.manifest import write_record
+from mimir_shared.object_storage import ObjectStorage
 from mimir_shared.storage import LocalStorage
+from mimir_shared.storage_protocol import Storage
+from tests.buckets import QUICK, backdate, upload
 from tests.conftest import REPOSITORY
-from tests.fake_encoders import tree
 from tests.programs import run
 
 LONG_AGO_S = 10_000
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> LocalStorage:
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """The example cache, two shards and a snapshot, of long ago."""
-    copy = Path(shutil.copytree(REPOSITORY / "manifests" / "tiny", tmp_path / "cache"))
-    storage = LocalStorage(copy)
-    make_old(copy)
+    example = REPOSITORY / "manifests" / "tiny"
+    storage: Storage = LocalStorage(Path(shutil.copytree(example, tmp_path / "cache")))
+    if request.param == "bucket":
+        storage = ObjectStorage(f"s3://{request.getfixturevalue('bucket')}/cache", limits=QUICK)
+        upload(example, storage)
+    make_old(storage)
     return storage
 
 
-def make_old(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        status = path.stat()
-        os.utime(path, (status.st_atime - LONG_AGO_S, status.st_mtime - LONG_AGO_S))
+def make_old(storage: Storage) -> None:
+    for file in storage.files(""):
+        if isinstance(storage, ObjectStorage):
+            backdate(storage, file.name, LONG_AGO_S)
+        elif isinstance(storage, LocalStorage):
+            os.utime(storage.path(file.name), (file.modified_s - LONG_AGO_S, file.modified_s - LONG_AGO_S))
 
 
-def removed(storage: LocalStorage, **options: Any) -> list[str]:
+def contents(storage: Storage) -> dict[str, bytes]:
+    return {file.name: storage.read(file.name) for file in storage.files("")}
+
+
+def removed(storage: Storage, **options: Any) -> list[str]:
     return [f"{garbage.kind} {garbage.name}" for garbage in collect_garbage(storage, **options).removed]
 
 
@@ -57,67 +68,68 @@ def supersede(folder: FeatureFolder, shard: int) -> None:
     folder.storage.create(folder.record_path(shard, 1), write_record(metadata, record.samples))
 
 
-def test_a_cache_without_garbage_stays_as_it_is(storage: LocalStorage) -> None:
-    before = tree(storage.root)
+def test_a_cache_without_garbage_stays_as_it_is(storage: Storage) -> None:
+    before = contents(storage)
     assert removed(storage, grace_s=0) == []
-    assert tree(storage.root) == before
+    assert contents(storage) == before
 
 
-def test_data_that_no_record_names_go_when_they_are_old(storage: LocalStorage) -> None:
-    before = tree(storage.root)
+def test_data_that_no_record_names_go_when_they_are_old(storage: Storage) -> None:
+    before = contents(storage)
     folder = find_features(storage)[1]
     orphans = [f"{folder.directory}/data/000001-{8 * 'a'}.tar", f"{folder.directory}/data/000000-{8 * 'b'}.zarr/q/c/0"]
     for name in orphans:
         storage.create(name, b"of a worker that was killed")
     assert removed(storage) == []
-    make_old(storage.root)
+    make_old(storage)
     assert removed(storage, dry_run=True) == [f"data {name}" for name in sorted(orphans)]
-    assert len(tree(storage.root)) == len(before) + 2
+    assert len(contents(storage)) == len(before) + 2
     report = collect_garbage(storage)
     assert report.bytes == 2 * len(b"of a worker that was killed")
-    assert tree(storage.root) == before
-    assert not (storage.root / folder.directory / "data" / f"000000-{8 * 'b'}.zarr").exists()
+    assert contents(storage) == before
+    assert f"000000-{8 * 'b'}.zarr" not in storage.list(f"{folder.directory}/data")
 
 
-def test_a_file_that_is_not_named_as_data_are_is_left_alone(storage: LocalStorage) -> None:
+def test_a_file_that_is_not_named_as_data_are_is_left_alone(storage: Storage) -> None:
     name = f"{find_features(storage)[0].directory}/data/notes.txt"
     storage.create(name, b"mine")
-    make_old(storage.root)
+    make_old(storage)
     assert removed(storage) == []
 
 
-def test_data_whose_temporary_file_is_still_there_stay_however_old(storage: LocalStorage) -> None:
+@pytest.mark.parametrize("storage", ["folder"], indirect=True)
+def test_data_whose_temporary_file_is_still_there_stay_however_old(storage: Storage) -> None:
     name = f"{find_features(storage)[1].directory}/data/000001-{8 * 'a'}.tar"
     with storage.temporary() as temporary:
         temporary.file.write(b"committing")
         storage.publish_content(temporary, name, "")
-        make_old(storage.root)
+        make_old(storage)
         assert removed(storage) == []
-    make_old(storage.root)
+    make_old(storage)
     assert removed(storage) == [f"data {name}"]
 
 
 @pytest.mark.parametrize("named", [lease_name, second_lease_name])
 def test_data_of_a_shard_that_a_living_worker_has_leased_stay(
-    storage: LocalStorage, named: Callable[[FeatureName, str, int], str]
+    storage: Storage, named: Callable[[FeatureName, str, int], str]
 ) -> None:
     folder = find_features(storage)[1]
     name = f"{folder.directory}/data/000001-{8 * 'a'}.tar"
     storage.create(name, b"to be named soon")
-    make_old(storage.root)
+    make_old(storage)
     with Leases(storage.lease_store()) as leases:
         assert leases.take(named(folder.feature, folder.fingerprint, 1))
         assert removed(storage) == []
     assert removed(storage) == [f"data {name}"]
 
 
-def test_data_that_are_named_while_gc_is_at_work_are_put_back(storage: LocalStorage) -> None:
-    shutil.rmtree(storage.root / "snapshots")
-    before = tree(storage.root)
+def test_data_that_are_named_while_gc_is_at_work_are_put_back(storage: Storage) -> None:
+    storage.remove_tree("snapshots")
+    before = contents(storage)
     folder = find_features(storage)[1]
     record = folder.record_path(1, 0)
     data = storage.read(record)
-    (storage.root / record).unlink()
+    storage.remove(record)
 
     def commit(point: str) -> None:
         if point == "gc.set_aside":
@@ -129,66 +141,66 @@ def test_data_that_are_named_while_gc_is_at_work_are_put_back(storage: LocalStor
         assert removed(storage, grace_s=0) == []
     finally:
         failpoints.arm(None)
-    assert tree(storage.root) == before
+    assert contents(storage) == before
 
 
-def test_a_superseded_generation_that_no_snapshot_names_goes_with_its_data(storage: LocalStorage) -> None:
+def test_a_superseded_generation_that_no_snapshot_names_goes_with_its_data(storage: Storage) -> None:
     folder = find_features(storage)[1]
     (old,) = folder.read_record(1, 0).metadata.files
     supersede(folder, 1)
-    make_old(storage.root)
+    make_old(storage)
     assert removed(storage) == []  # the snapshot names it
-    shutil.rmtree(storage.root / "snapshots")
+    storage.remove_tree("snapshots")
     expected = [f"record {folder.record_path(1, 0)}", f"data {folder.directory}/{old.path}"]
     assert removed(storage) == expected
     assert folder.generations() == {0: 0, 1: 1}
     assert verify_cache(storage).problems == []
 
 
-def test_a_generation_whose_successor_is_young_damaged_or_lacks_its_data_stays(storage: LocalStorage) -> None:
+def test_a_generation_whose_successor_is_young_damaged_or_lacks_its_data_stays(storage: Storage) -> None:
     folder = find_features(storage)[1]
     supersede(folder, 1)
-    shutil.rmtree(storage.root / "snapshots")
+    storage.remove_tree("snapshots")
     assert removed(storage) == []
-    make_old(storage.root)
-    record = storage.path(folder.record_path(1, 1))
-    whole = record.read_bytes()
-    record.write_bytes(whole[:-1])
-    make_old(storage.root)
+    make_old(storage)
+    record = folder.record_path(1, 1)
+    whole = storage.read(record)
+    storage.overwrite(record, whole[:-1])
+    make_old(storage)
     assert removed(storage) == []
-    record.write_bytes(whole)
-    make_old(storage.root)
+    storage.overwrite(record, whole)
+    make_old(storage)
     (data,) = folder.read_record(1, 1).metadata.files
-    (storage.root / folder.directory / data.path).unlink()
+    storage.remove(f"{folder.directory}/{data.path}")
     assert removed(storage) == []
 
 
-def test_where_a_snapshot_is_damaged_nothing_is_removed(storage: LocalStorage) -> None:
+def test_where_a_snapshot_is_damaged_nothing_is_removed(storage: Storage) -> None:
     name = f"{find_features(storage)[1].directory}/data/000001-{8 * 'a'}.tar"
     storage.create(name, b"orphan")
-    make_old(storage.root)
-    snapshot = next(storage.root.glob("snapshots/*/snapshot.json"))
-    snapshot.write_bytes(snapshot.read_bytes()[:-10])
+    make_old(storage)
+    (snapshot,) = (file.name for file in storage.files("snapshots") if file.name.endswith("/snapshot.json"))
+    storage.overwrite(snapshot, storage.read(snapshot)[:-10])
     with pytest.raises(CacheError, match=r"snapshot\.json"):
         collect_garbage(storage)
     assert storage.exists(name)
 
 
-def test_stale_leases_abandoned_temporaries_and_unfinished_snapshots_go(storage: LocalStorage) -> None:
-    before = tree(storage.root)
+def test_stale_leases_abandoned_temporaries_and_unfinished_snapshots_go(storage: Storage) -> None:
+    before = contents(storage)
     storage.create("leases/t5/0123456789ab/000007", json.dumps({"host": "x", "domain": "y", "pid": 1}).encode())
     storage.create(f"snapshots/{12 * '0'}/index.arrow", b"no snapshot.json came after it")
-    (storage.root / "tmp" / "otherhost-77-abc").write_bytes(b"half")
+    storage.overwrite("tmp/otherhost-77-abc", b"half")
     assert removed(storage) == []
-    make_old(storage.root)
+    make_old(storage)
     assert [line.split()[0] for line in removed(storage)] == ["lease", "temporary", "snapshot"]
-    assert tree(storage.root) == before
+    assert contents(storage) == before
 
 
-def test_the_command_prints_what_and_bytes_and_refuses_what_is_no_cache(storage: LocalStorage, tmp_path: Path) -> None:
+def test_the_command_prints_what_and_bytes_and_refuses_what_is_no_cache(storage: Storage, tmp_path: Path) -> None:
     name = f"{find_features(storage)[1].directory}/data/000001-{8 * 'a'}.tar"
     storage.create(name, b"12345")
-    make_old(storage.root)
+    make_old(storage)
     shown = run("mimir-precompute", "gc", storage.root, "--dry-run", "--json")
     assert json.loads(shown.out) == {
         "dry_run": True,
