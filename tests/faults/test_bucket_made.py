@@ -45,7 +45,7 @@ POINTS = [
       for step in ("written", "linked")),
     "lease.taken", "lease.heartbeat", "lease.dropped", "lease.taken_over",
 ]  # fmt: skip
-ONCE = [point for point in POINTS if point.split(".")[0] not in ("data", "record", "lease")] + ["lease.taken_over"]
+AT_FIRST = [point for point in POINTS if point.split(".")[0] not in ("data", "record", "lease")] + ["lease.taken_over"]
 """Those that a run comes by once; at the others a worker dies when it comes there again."""
 
 
@@ -192,7 +192,7 @@ def test_workers_killed_at_a_failpoint_leave_the_cache_of_an_undisturbed_one(
         at = "lease.taken" if point == "lease.taken_over" and number == 0 else point
         slowly = {"clip_s": 0.05} if point == "lease.heartbeat" else {}
         work = work_of(
-            url, proxy, small, die_at=at, countdown=1 if number or point in ONCE else 2, options={**ONE, **slowly}
+            url, proxy, small, die_at=at, countdown=1 if number or point in AT_FIRST else 2, options={**ONE, **slowly}
         )
         endings.append(end_of(start(forks, work)))
     assert endings[0] == -signal.SIGKILL
