@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mimir_precompute.cli_options import CacheArgument, Json, MaxQuarantinedOption, ReadableCache
+from mimir_precompute.cli_options import CacheArgument, Json, MaxQuarantinedOption
 from mimir_shared.command_line import echo
 
 
@@ -23,7 +23,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def status(
-    cache: ReadableCache,
+    cache: CacheArgument,
     as_json: Json = False,
     watch: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Say it again so often, until Ctrl-C.", show_default=False)
@@ -49,7 +49,7 @@ def status(
 
 
 def quarantine(
-    cache: ReadableCache,
+    cache: CacheArgument,
     out: Annotated[
         Path | None, typer.Option(help="Write the ledger to this file, as one Parquet table.", show_default=False)
     ] = None,
@@ -70,7 +70,7 @@ def quarantine(
     echo(json.dumps([asdict(line) for line in lines]) if as_json else describe_ledger(cache, lines, out))
 
 
-def stats(cache: ReadableCache, as_json: Json = False) -> None:
+def stats(cache: CacheArgument, as_json: Json = False) -> None:
     """Show mean, spread, least and largest value of every channel, and name shards that are unlike the others."""
     from mimir_precompute.messages import describe_statistics
     from mimir_precompute.stats import read_statistics
@@ -81,7 +81,7 @@ def stats(cache: ReadableCache, as_json: Json = False) -> None:
 
 
 def finalize(
-    cache: ReadableCache,
+    cache: CacheArgument,
     feature: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FINGERPRINT, where the cache has a feature more than once.", show_default=False),
@@ -96,7 +96,7 @@ def finalize(
 
 
 def report(
-    cache: ReadableCache,
+    cache: CacheArgument,
     out: Annotated[
         Path | None,
         typer.Option(help="File to write; default: CACHE-report.html in the current folder.", show_default=False),
@@ -153,7 +153,7 @@ def gc(
 
 
 def inspect(
-    cache: ReadableCache,
+    cache: CacheArgument,
     key: Annotated[str, typer.Argument(help="Of the clip, as in the plan.", show_default=False)],
     video: Annotated[
         Path | None, typer.Option(help="Decode its latents to this mp4; needs --models or --vae.", show_default=False)
@@ -209,8 +209,11 @@ def diff(
 
 
 def convert(
-    cache: ReadableCache,
-    out: Annotated[str, typer.Option(help="Folder to write to; the same command goes on in it.", show_default=False)],
+    cache: CacheArgument,
+    out: Annotated[
+        str,
+        typer.Option(help="Folder or URL to write to; the same command goes on in it.", show_default=False),
+    ],
     output_format: Annotated[
         str | None, typer.Option("--format", help="webdataset or zarr: of every shard.", show_default=False)
     ] = None,

@@ -17,17 +17,18 @@ Clips = Annotated[
     str,
     typer.Argument(
         help="A JSONL, CSV or Parquet file; a folder with metadata.jsonl/.csv/.parquet or a .txt beside each video; "
-        "WebDataset tars (a file, a folder, or a quoted glob).",
+        "WebDataset tars (a file, a folder, or a quoted glob). In a bucket: s3://bucket/prefix/metadata.jsonl (gs://, az://).",
         show_default=False,
     ),
 ]
-Cache = Annotated[str, typer.Option(help="Folder of the cache.", show_default=False)]
-ReadableCache = Annotated[
+Cache = Annotated[
+    str, typer.Option(help="Folder of the cache, or s3://bucket/prefix (gs://, az://).", show_default=False)
+]
+CacheArgument = Annotated[
     str,
     typer.Argument(metavar="CACHE", help="Folder of the cache, or s3://bucket/prefix (gs://, az://).",
                    show_default=False),
 ]  # fmt: skip
-CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of the cache.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 PresetOption = Annotated[
     str | None,

@@ -18,7 +18,6 @@ from mimir_precompute.cli_options import (
     DecodeWorkersOption,
     Json,
     MaxQuarantinedOption,
-    ReadableCache,
 )
 from mimir_precompute.config import ModelOptions
 from mimir_shared.command_line import echo
@@ -32,7 +31,7 @@ def add_commands(app: typer.Typer) -> None:
 
 @with_model_options
 def verify(
-    cache: ReadableCache,
+    cache: CacheArgument,
     repair: Annotated[bool, typer.Option("--repair", help="Encode what is damaged again, as the next generation of its "
                                          "shards, with the models and settings that made the cache; copy the rest.")]
     = False,

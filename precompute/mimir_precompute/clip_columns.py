@@ -22,11 +22,11 @@ LISTED: Final = ("key", "source", "caption", "source_bytes", "source_offset", "s
 class ClipList:
     """Clips in the order of their list, with the user's further columns."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path | str) -> None:
         """Empty yet.
 
         Args:
-            root: folder that relative sources are read from.
+            root: folder, or address in a bucket, that relative sources are read from.
         """
         self.root = root
         self._count = 0

@@ -1,15 +1,14 @@
 """Everything that a cache knows of one clip, as plain JSON values: `inspect`."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
+from mimir_precompute.clip_fetch import ClipFetcher
 from mimir_precompute.clip_source import hash_source
 from mimir_precompute.inspect_clip import complete_key
-from mimir_precompute.prepare import find_source
 from mimir_precompute.rejection import ClipRejected
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.feature_folder import FeatureFolder, find_features
@@ -71,7 +70,8 @@ def _describe_row(row: dict[str, Json]) -> dict[str, Json]:
 def _describe_source(plan: Plan, clip: PlannedClip) -> dict[str, Json]:
     """What the source is now."""
     try:
-        return {"xxh3": _digits(hash_source(find_source(Path(plan.settings.source_root), clip)))}
+        with ClipFetcher(plan.settings.source_root).fetch(clip) as source:
+            return {"xxh3": _digits(hash_source(source))}
     except ClipRejected as rejected:
         return {"fault": f"{rejected.reason}: {rejected.detail}"}
     except MachineError as fault:

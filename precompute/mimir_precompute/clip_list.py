@@ -1,19 +1,20 @@
 """The user's clips and captions, from every form in which they may come. Nothing is decoded here."""
 
-import csv
 import glob
-import io
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mimir_precompute.clip_columns import ClipList
+from mimir_precompute.clip_fetch import ClipFetcher, is_in_bucket
+from mimir_precompute.clip_file import ROWS
 from mimir_precompute.clip_row import Problems, caption_problem, extra_problem, name_problem, seconds_of, text_problem
 from mimir_shared.errors import InputError
 from mimir_shared.plain_documents import parse_json
@@ -24,6 +25,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _MAX_TEXT_BYTES = 2**24
 """Of a caption or a JSON document in a tar."""
+_ROWS_AT_ONCE = 1024
 _KEY_COLUMNS = ("key", "id")
 
 
@@ -34,10 +36,14 @@ def read_clip_list(
 
     Args:
         location: a JSONL, CSV or Parquet file; a folder with metadata.jsonl, .csv or .parquet, or with a
-            .txt beside each video; WebDataset tars: one file, a folder of them, or a glob pattern.
+            .txt beside each video; WebDataset tars: one file, a folder of them, or a glob pattern. In a bucket
+            (s3://, gs://, az://): a metadata file, or the prefix that it lies under.
         limit: take the first so many.
     Raises: InputError that lists duplicate keys, missing captions, bad encodings and unreadable lines.
     """
+    if is_in_bucket(location):
+        clips = _read_bucket_list(location.rstrip("/"), video_key, caption_key, limit)
+        return _checked(clips, location)
     path = Path(location)
     tars = sorted(glob.glob(location)) if location.endswith(".tar") else []
     if path.is_dir():
@@ -59,6 +65,26 @@ def read_clip_list(
         clips = _read_table(path, video_key, caption_key, limit)
     else:
         raise InputError(f"{location}: no such file or folder; expected clips as a metadata file, a folder or tars")
+    return _checked(clips, location)
+
+
+def _read_bucket_list(location: str, video_key: str, caption_key: str, limit: int | None) -> ClipList:
+    """A metadata file in a bucket, or below an address of it."""
+    url, root = location, location.rpartition("/")[0]
+    fetcher = ClipFetcher(root)
+    if Path(location).suffix.lower() not in ROWS:
+        found = [name for name in fetcher.names(location) if name in METADATA_NAMES]
+        if len(found) != 1:
+            raise InputError(
+                f"{location}: {len(found)} metadata files below it, expected one of {', '.join(METADATA_NAMES)}: in a "
+                f"bucket, clips are listed by such a file"
+            )
+        url, root = f"{location}/{found[0]}", location
+    with tempfile.TemporaryDirectory(prefix="mimir-list-") as folder:
+        return _read_table(fetcher.read_list(url, Path(folder)), video_key, caption_key, limit, root=root, where=url)
+
+
+def _checked(clips: ClipList, location: str) -> ClipList:
     if not len(clips):
         raise InputError(f"{location}: no clip found; see `mimir-precompute plan --help` for the forms that are read")
     _check_keys(clips, location)
@@ -87,27 +113,65 @@ def _check_keys(clips: ClipList, where: str) -> None:
     problems.raise_if_any()
 
 
-def _read_table(path: Path, video_key: str, caption_key: str, limit: int | None) -> ClipList:
-    readers: dict[str, Callable[[Path, Problems], Iterator[tuple[str, dict[str, Any]]]]] = {
-        ".jsonl": _jsonl_rows,
-        ".ndjson": _jsonl_rows,
-        ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
-    }
-    if path.suffix.lower() not in readers:
+def _read_table(
+    path: Path, video_key: str, caption_key: str, limit: int | None, *, root: str | None = None, where: str = ""
+) -> ClipList:
+    """A metadata file; `root` and `where` say of a copy where the file itself lies."""
+    if path.suffix.lower() not in ROWS:
         raise InputError(f"{path}: cannot be read as a list of clips; expected .jsonl, .csv or .parquet, or tars")
-    problems = Problems(str(path))
-    clips = ClipList(root=Path(os.path.abspath(path.parent)))
-    for where, row in readers[path.suffix.lower()](path, problems):
-        if limit is not None and len(clips) >= limit:
-            break
-        _add_row(clips, row, where, video_key, caption_key, problems)
+    problems = Problems(where or str(path))
+    clips = ClipList(root=Path(os.path.abspath(path.parent)) if root is None else root)
+    sizes = _Sizes(clips.root)
+    rows = islice(ROWS[path.suffix.lower()](path, problems), limit)
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        sizes.look_ahead(row.get(video_key) for _, row in batch)
+        for line, row in batch:
+            _add_row(clips, row, line, video_key, caption_key, sizes, problems)
     problems.raise_if_any()
     return clips
 
 
+class _Sizes:
+    """How large the sources of a list are; those in buckets are found by listing their folders, several at a time."""
+
+    def __init__(self, root: Path | str) -> None:
+        self._root = root
+        self._fetcher = ClipFetcher(str(root))
+        self._of_folder: dict[str, dict[str, int]] = {}
+
+    def look_ahead(self, sources: Iterable[object]) -> None:
+        """List the folders of the sources that will be asked for next."""
+        urls = [self._url_of(source) for source in sources if isinstance(source, str)]
+        folders = {url.rpartition("/")[0] for url in urls if url is not None} - self._of_folder.keys()
+        self._of_folder |= self._fetcher.sizes(folders)
+
+    def size(self, source: str) -> int | None:
+        """Bytes of a source; None where there is none."""
+        url = self._url_of(source)
+        if url is None:
+            return _file_bytes(os.path.join(self._root, source))
+        folder, _, name = url.rpartition("/")
+        return self._of_folder[folder].get(name)
+
+    def _url_of(self, source: str) -> str | None:
+        # what no list may name is not asked for: it is told with all else that is wrong
+        return None if _address_problem(source) else self._fetcher.url_of(source)
+
+
+def _address_problem(source: str) -> str | None:
+    if "://" not in source or (is_in_bucket(source) and not holds_address_secret(source)):
+        return None
+    return f"{hide_address_secrets(source)!r}: addresses are not read, only files and s3://, gs://, az:// objects"
+
+
 def _add_row(
-    clips: ClipList, row: dict[str, Any], where: str, video_key: str, caption_key: str, problems: Problems
+    clips: ClipList,
+    row: dict[str, Any],
+    where: str,
+    video_key: str,
+    caption_key: str,
+    sizes: _Sizes,
+    problems: Problems,
 ) -> None:
     source = row.get(video_key)
     caption = row.get(caption_key)
@@ -116,8 +180,8 @@ def _add_row(
         wrong = f"no {video_key!r} (has {', '.join(sorted(map(str, row))) or 'nothing'}; see --video-key)"
     elif problem := name_problem(source):
         wrong = f"{video_key!r} {problem}"
-    elif "://" in source:
-        wrong = f"{hide_address_secrets(source)!r}: addresses are not read, only files"
+    elif problem := _address_problem(source):
+        wrong = problem
     elif caption is None and caption_key not in row:
         wrong = f"no {caption_key!r} (see --caption-key)"
     try:
@@ -144,7 +208,7 @@ def _add_row(
         key=source + _trim_name(start_s, end_s) if key_column is None else str(row[key_column]),
         source=source,
         caption=caption,
-        source_bytes=_file_bytes(os.path.join(clips.root, source)),
+        source_bytes=sizes.size(source),
         start_s=start_s,
         end_s=end_s,
         further={name: _without_secrets(value) for name, value in extra.items()},
@@ -172,56 +236,6 @@ def _file_bytes(path: str | Path) -> int | None:
         return os.stat(path).st_size
     except (OSError, ValueError):
         return None  # whatever is wrong with it is found out, and told, when it is read
-
-
-def _jsonl_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"line {number}"
-            try:
-                row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as fault:
-                problems.add(f"{where}: not UTF-8 (byte 0x{line[fault.start]:02x} at {fault.start})")
-                continue
-            except ValueError as fault:
-                problems.add(f"{where}: not JSON ({fault})")
-                continue
-            if isinstance(row, dict):
-                yield where, row
-            else:
-                problems.add(f"{where}: {type(row).__name__}, expected an object")
-
-
-def _csv_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        line = data.count(b"\n", 0, fault.start) + 1
-        problems.add(f"line {line}: not UTF-8 (byte 0x{data[fault.start]:02x})")
-        return
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        where = f"line {reader.line_num}"
-        if None in row:
-            problems.add(f"{where}: more fields than the header has")
-        else:
-            # an empty field of a CSV is a missing value: no caption, no trim
-            yield where, {name: value if value != "" else None for name, value in row.items()}
-
-
-def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                yield f"row {number}", row
-                number += 1
-    except (pa.ArrowException, UnicodeDecodeError) as fault:
-        problems.add(f"not readable as Parquet ({str(fault).splitlines()[0]})")
 
 
 def _decode_text(data: bytes, where: str, problems: Problems) -> str | None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mimir_precompute.clip_source import hash_source, refuse_vanished_root
+from mimir_precompute.clip_fetch import ClipFetcher
+from mimir_precompute.clip_source import hash_source
 from mimir_precompute.clips import ClipDecoder
 from mimir_precompute.config import Geometry
 from mimir_precompute.encoders.base import Encoded, EncoderInput
@@ -13,7 +14,7 @@ from mimir_precompute.overlap import Channel, Crew
 from mimir_precompute.rejection import ClipRejected, RejectionReason
 from mimir_precompute.remake import Remake
 from mimir_precompute.shard_writer import answers_hash, caption_hash
-from mimir_shared.errors import InputError, MachineError
+from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.manifest import CommitRecord, SampleRecord
 from mimir_shared.plan_file import Plan, PlannedClip
@@ -127,7 +128,7 @@ class ClipPreparer:
         self.folder = folder
         self.answers = answers
         self.decoder = decoder
-        self.root = Path(plan.settings.source_root)
+        self.fetcher = ClipFetcher(plan.settings.source_root)
         self.remakes = remakes
         self.done = folder.generations()
 
@@ -167,11 +168,11 @@ class ShardPreparer:
                 raise ClipRejected("plan", "superseded", "a later plan changed or removed this clip")
             older = self._feature.plan.older_rows(clip)
             if self._feature.folder.feature == "latents":
-                source = find_source(self._feature.root, clip)
-                if older:
-                    source_xxh3 = hash_source(source)
-                copied = self._copy(clip, older, source_xxh3)
-                return copied if copied is not None else self._decode(clip, source)
+                with self._feature.fetcher.fetch(clip) as source:
+                    if older:
+                        source_xxh3 = hash_source(source)
+                    copied = self._copy(clip, older, source_xxh3)
+                    return copied if copied is not None else self._decode(clip, source)
             answer = self._answer(clip)
             source_xxh3 = None if answer is None else answers_hash(answer)
             copied = self._copy(clip, older, source_xxh3)
@@ -180,7 +181,7 @@ class ShardPreparer:
             if source_xxh3 is None:
                 source_xxh3 = rejection.source_xxh3
             if rejection.reason == "missing":
-                refuse_vanished_root(self._feature.root)
+                self._feature.fetcher.refuse_vanished_root(clip)
             return Rejected(clip=clip, rejection=rejection, source_xxh3=source_xxh3)
 
     def _decode(self, clip: PlannedClip, source: Path | bytes) -> Ready:
@@ -280,30 +281,6 @@ def prepare_shards(
         crew.start(f"prepare-{number}", prepare, wake=preparer.decoder.close)
     for shard, slots in shards:
         yield shard, take(slots)
-
-
-def find_source(root: Path, clip: PlannedClip) -> Path | bytes:
-    """The file of a planned clip, or its bytes where it is a member of a tar.
-
-    Args:
-        root: `source_root` of the plan.
-    Raises: ClipRejected where the tar is missing or cut, MachineError where it cannot be read.
-    """
-    if clip.source_offset is None:
-        return root / clip.source
-    tar_name, _, _ = clip.source.partition("::")
-    assert clip.source_bytes is not None, f"{clip.source} is a member of a tar without a length"
-    try:
-        with open(root / tar_name, "rb") as tar:
-            tar.seek(clip.source_offset)
-            data = tar.read(clip.source_bytes)
-    except FileNotFoundError as fault:
-        raise ClipRejected("fetch", "missing", "the tar that holds it is missing") from fault
-    except OSError as fault:
-        raise MachineError(f"{root / tar_name}: cannot be read: {fault.strerror}; run it again") from fault
-    if len(data) != clip.source_bytes:
-        raise ClipRejected("fetch", "truncated", f"{len(data)} of {clip.source_bytes} bytes are left in its tar")
-    return data
 
 
 def in_batches(prepared: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepared]]:

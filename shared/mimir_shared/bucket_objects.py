@@ -6,7 +6,7 @@ was done: then what is there is compared with what was sent.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +20,7 @@ from mimir_shared.errors import MachineError
 from mimir_shared.found_file import FoundFile
 
 if TYPE_CHECKING:
-    from obstore import UpdateVersion  # known to type checkers alone
+    from obstore import ListResult, ObjectMeta, UpdateVersion  # known to type checkers alone
 
 _UPLOADS: Final = 8
 """Parts of one object that are written at a time."""
@@ -183,14 +183,14 @@ class BucketObjects:
 
     def names(self, directory: str) -> list[str]:
         """Names directly below `directory`, sorted; empty where there is none."""
-        found = self._requester.run(
-            f"listing in bucket {self.bucket}",
-            self.where(directory),
-            lambda: obstore.list_with_delimiter(self._store(), directory),
-        )
+        found = self._list(directory)
         names = {prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"]}
         names |= {entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]}
         return sorted(names)
+
+    def sizes(self, directory: str) -> dict[str, int]:
+        """Name → bytes of the objects directly below `directory`."""
+        return {entry["path"].rsplit("/", 1)[-1]: entry["size"] for entry in self._list(directory)["objects"]}
 
     def files(self, directory: str) -> list[FoundFile]:
         """Every object below `directory`, sorted."""
@@ -204,6 +204,13 @@ class BucketObjects:
 
         found = self._requester.run(f"listing in bucket {self.bucket}", self.where(directory), list_all)
         return sorted(found, key=lambda file: file.name)
+
+    def _list(self, directory: str) -> "ListResult[Sequence[ObjectMeta]]":
+        return self._requester.run(
+            f"listing in bucket {self.bucket}",
+            self.where(directory),
+            lambda: obstore.list_with_delimiter(self._store(), directory or None),
+        )
 
     def _write(self, name: str, request: Callable[[], Answer]) -> Answer:
         return self._requester.run(f"writing to bucket {self.bucket}", self.where(name), request)

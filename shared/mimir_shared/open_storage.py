@@ -8,7 +8,7 @@ from mimir_shared.redaction import hide_address_secrets, holds_address_secret
 from mimir_shared.storage import LocalStorage
 from mimir_shared.storage_protocol import Storage
 
-_BUCKETS: Final = ("s3", "gs", "az")
+BUCKET_SCHEMES: Final = ("s3", "gs", "az")
 _GB: Final = 10**9
 DEFAULT_LOCAL_CACHE_GB: Final = 100.0
 
@@ -30,7 +30,7 @@ def open_storage(
             f"--cache {hide_address_secrets(location)}: a password or signature in an address would end up in configs "
             f"and logs; give it by the environment, as the provider's own tools take it"
         )
-    if scheme in _BUCKETS and separator:
+    if scheme in BUCKET_SCHEMES and separator:
         from mimir_shared.local_read_cache import LocalReadCache
         from mimir_shared.object_storage import ObjectStorage
 
@@ -38,6 +38,6 @@ def open_storage(
         return ObjectStorage(location, kept)
     if separator and scheme != "file":
         raise InputError(
-            f"--cache {scheme}://…: unknown scheme; give a folder, or {', '.join(_BUCKETS)}://bucket/prefix"
+            f"--cache {scheme}://…: unknown scheme; give a folder, or {', '.join(BUCKET_SCHEMES)}://bucket/prefix"
         )
     return LocalStorage(Path(location.removeprefix("file://")))

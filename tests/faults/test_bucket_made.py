@@ -301,3 +301,30 @@ def test_a_full_disk_for_uploads_says_where_it_is_and_how_to_choose_another(
     monkeypatch.setattr(storage, "_spool", LocalStorage(Path("/dev/shm"), _FullDisk()))
     with pytest.raises(MachineError, match=r"t5.*No space left.*/dev/shm has \d+ bytes.*set TMPDIR"):
         encode_into(storage, small.clips, **ONE)
+
+
+@pytest.mark.parametrize("faults", [("500", "503", "reset", "garbled"), ("lost",)])
+def test_a_file_uploaded_in_parts_arrives_whole(faults: tuple[Fault, ...], url: str, proxy: FaultProxy) -> None:
+    data = random.Random(0).randbytes(12 << 20)
+    storage = ObjectStorage(url, limits=replace(PATIENT, part_bytes=5 << 20, request_s=10.0))
+    proxy.plan = faulty(0.3, *faults)
+    with storage.temporary() as temporary:
+        temporary.file.write(data)
+        storage.publish_content(temporary, "t5/x/data/000000-aaaaaaaa.tar", "")
+    proxy.plan = lambda method, path, number: None
+    assert storage.read("t5/x/data/000000-aaaaaaaa.tar") == data
+    assert any("partNumber=3" in path for _, path in proxy.requests)
+
+
+def test_an_upload_that_cannot_end_is_not_taken_for_done_where_a_damaged_file_has_the_name(
+    url: str, proxy: FaultProxy
+) -> None:
+    data = bytes(6 << 20)
+    name = "t5/x/data/000000-aaaaaaaa.tar"
+    storage = ObjectStorage(url, limits=replace(QUICK, part_bytes=5 << 20, request_s=10.0, action_s=2.0))
+    storage.overwrite(name, b"damaged".ljust(len(data)))
+    proxy.plan = lambda method, path, number: "500" if method == "POST" and "uploadId" in path else None
+    with storage.temporary() as temporary:
+        temporary.file.write(data)
+        with pytest.raises(MachineError, match="writing to bucket"):
+            storage.publish_content(temporary, name, "")

@@ -24,7 +24,7 @@ from tests.fake_encoders import FakeEncoders, encode_fake, tree
 
 
 def encode(
-    clips: Path | None, cache: Path, encoders: FakeEncoders | None = None, *, shard_size: int = 5, **options: Any
+    clips: Path | str | None, cache: Path, encoders: FakeEncoders | None = None, *, shard_size: int = 5, **options: Any
 ) -> EncodeOutcome:
     """Plan where clips are given, and encode with fake models, as the command does."""
     storage = LocalStorage(cache)

@@ -121,6 +121,46 @@ class TestContract:
         storage.tidy()
         assert storage.list("") == []
 
+    def test_a_file_that_nobody_relies_on_is_written_over_and_added_to(self, storage: Storage) -> None:
+        for data in (b"first", b"second and longer", b""):
+            storage.overwrite("logs/workers/a.json", data)
+            assert storage.read("logs/workers/a.json") == data
+        storage.append("logs/b.jsonl", b"one\n")
+        storage.append("logs/b.jsonl", b"two\n")
+        assert storage.read("logs/b.jsonl") == b"one\ntwo\n"
+
+    def test_what_is_removed_is_gone_and_may_be_gone_already(self, storage: Storage) -> None:
+        for name in ("a/b/1", "a/b/c/2", "a/bc", "d"):
+            storage.create(name, b"x")
+        storage.remove("d")
+        storage.remove("d")
+        storage.remove_tree("a/b")
+        storage.remove_tree("a/b")
+        assert [file.name for file in storage.files("")] == ["a/bc"]
+        storage.remove_tree("a/bc")
+        assert list(storage.files("a")) == []
+
+    def test_what_was_set_aside_can_be_put_back(self, storage: Storage) -> None:
+        storage.create("a/b", b"bytes")
+        aside = storage.set_aside("a/b")
+        assert not storage.exists("a/b")
+        assert storage.temporaries() == {aside: "living"}
+        storage.put_back(aside, "a/b")
+        storage.remove(aside)
+        assert [file.name for file in storage.files("")] == ["a/b"]
+        assert storage.read("a/b") == b"bytes"
+        with pytest.raises(FileNotFoundError):
+            storage.set_aside("a/c")
+
+    def test_files_are_found_at_any_depth_with_size_and_the_time_of_the_storages_clock(self, storage: Storage) -> None:
+        began_s = storage.now_s()
+        sizes = {"a/1": 3, "a/b/2": 0, "a/b/c/3": 100}
+        for name, nbytes in sizes.items():
+            storage.create(name, bytes(nbytes))
+        found = [file for file in storage.files("a") if not file.name.startswith("tmp/")]
+        assert {file.name: file.nbytes for file in found} == sizes
+        assert all(abs(file.modified_s - began_s) < 300 for file in found)
+
 
 def test_caches_of_two_prefixes_of_a_bucket_do_not_see_each_other(bucket: str) -> None:
     one, two, both = (ObjectStorage(f"s3://{bucket}{prefix}") for prefix in ("/a", "/b/", ""))

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Protocol
 
+from mimir_precompute.clip_fetch import ClipFetcher
 from mimir_precompute.clips import ClipDecoder, ClipPixels
 from mimir_precompute.config import Bucket, Geometry
 from mimir_precompute.frames import Pixels
 from mimir_precompute.plan import geometry_of
-from mimir_precompute.prepare import find_source
 from mimir_shared.plan_file import PlannedClip, PlanSettings
 
 
@@ -23,7 +23,7 @@ class SourceFrames:
     """Finds and decodes the clips of one plan. Each call raises ClipRejected or MachineError."""
 
     def __init__(self, settings: PlanSettings, decoder: FrameDecoder) -> None:
-        self._root = Path(settings.source_root)
+        self._fetcher = ClipFetcher(settings.source_root)
         self._geometry = geometry_of(settings)
         self._decoder = decoder
 
@@ -32,10 +32,10 @@ class SourceFrames:
         geometry = self._geometry
         if bucket is not None:
             geometry = Geometry(buckets=(Bucket.parse(bucket),), fps=geometry.fps)
-        source = find_source(self._root, clip)
-        return self._decoder.decode(source, geometry=geometry, start_s=clip.start_s, end_s=clip.end_s)
+        with self._fetcher.fetch(clip) as source:
+            return self._decoder.decode(source, geometry=geometry, start_s=clip.start_s, end_s=clip.end_s)
 
     def read_still(self, clip: PlannedClip, longest_side: int) -> Pixels:
         """(H, W, 3) uint8: the first frame that can be decoded, whatever is wrong with the rest."""
-        source = find_source(self._root, clip)
-        return self._decoder.read_first_frame(source, longest_side=longest_side, start_s=clip.start_s)
+        with self._fetcher.fetch(clip) as source:
+            return self._decoder.read_first_frame(source, longest_side=longest_side, start_s=clip.start_s)
