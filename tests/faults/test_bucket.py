@@ -251,9 +251,6 @@ def test_the_commands_that_only_look_take_a_bucket(location: str, cache: Path) -
     shown = run("mimir-precompute", "status", location, "--json")
     assert (shown.code, shown.err) == (0, "")
     assert json.loads(shown.out)["complete"]
-    refused = run("mimir-precompute", "encode", "--cache", location)
-    assert refused.code == 2
-    assert "not supported yet" in refused.err
 
 
 def test_commands_that_a_bucket_refuses_end_with_5_and_one_line(location: str, proxy: FaultProxy) -> None:
