@@ -12,7 +12,9 @@ from PIL import Image
 from mimir_shared.errors import CacheError, InputError
 from mimir_train.contact_sheet import SheetRow, pick_frames, write_contact_sheet
 from mimir_train.validation_latents import ValidationLatents, validation_folder, write_validation_latents
+from mimir_train.validation_page import ValidationPage, spread_steps
 from mimir_train.video_check import plays
+from tests.pages import Outline, visit_page
 from tests.train.hand_made_checkpoint import FPS, SCALING_FACTOR, command, flip_last_bit, identities
 
 CAT, DOG = "a red circle moves to the left", "two blue squares"
@@ -54,6 +56,40 @@ def test_latents_of_validation_become_videos_and_a_sheet_for_each_step(validated
         assert (folder / "contact_sheet.png").exists()
 
 
+def test_a_page_shows_each_prompt_over_the_steps(validated_run: Path, models: Path, tmp_path: Path) -> None:
+    (validated_run / "metrics.jsonl").write_text('{"step": 9, "validation/loss": 0.25}\n')
+    command("decode", validated_run, "--models", models)
+    path = validated_run / "validation" / "index.html"
+    page = Outline(path.read_text())
+    assert page.text.index(CAT) < page.text.index(DOG)
+    assert page.attributes("img", "alt") == ["After 10 steps", "After 20 steps"] * 2
+    assert "loss 0.2500" in page.text
+    visit = visit_page(path, tmp_path)
+    assert (visit.console, visit.requests) == ([], [])
+
+
+def test_one_step_alone_has_no_page(validated_run: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("decode", validated_run / "validation" / "step-00000010", "--models", models)
+    assert "over the steps" not in capsys.readouterr().out
+    assert not list(validated_run.rglob("index.html"))
+
+
+def test_a_page_shows_few_of_many_steps_and_prompts_as_they_are(tmp_path: Path) -> None:
+    assert spread_steps(range(100, 5100, 100)) >= {100, 5000}
+    assert len(spread_steps(range(100, 5100, 100))) == 12
+    assert spread_steps([7]) == {7}
+    page = ValidationPage(tmp_path / "run", range(1, 31))
+    frames = np.full((5, 480, 720, 3), 200, np.uint8)
+    for step in range(1, 31):
+        page.add(step, 0, "<script>alert(1)</script> {{ 7*7 }}", frames, FPS)
+        page.add(step, 1, "", frames[:1, :32, :48], FPS)
+    page.write(tmp_path / "index.html")
+    shown = Outline((tmp_path / "index.html").read_text())
+    assert "<script>alert(1)</script> {{ 7*7 }}" in shown.text
+    assert "Of 30 validations 12 are shown" in shown.text
+    assert shown.attributes("img", "width") == ["256"] * 12 + ["48"] * 12
+
+
 def test_decoding_again_makes_only_what_is_missing_or_older_than_its_latents(
     validated_run: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +100,7 @@ def test_decoding_again_makes_only_what_is_missing_or_older_than_its_latents(
     command("decode", validated_run, "--models", models)
     assert capsys.readouterr().out == (
         f"{validated_run}/validation/step-00000010 to step-00000020: 3 videos made, 1 kept, as 0.mp4 and on\n"
+        f"{validated_run}/validation/index.html: each prompt over the steps\n"
     )
 
 

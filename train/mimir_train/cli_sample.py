@@ -175,7 +175,10 @@ def decode(
     vae: VaeOption = None,
     device: Device = "auto",
 ) -> None:  # fmt: skip
-    """Turn the latents that validation wrote into mp4; those that are decoded already are kept."""
+    """Turn the latents that validation wrote into mp4, and show each prompt over the steps on a page.
+
+    Videos that are decoded already are kept. RUN/validation/index.html stands alone.
+    """
     from mimir_train.decode import decode_validation
     from mimir_train.frozen_models import ModelLocations
 
@@ -184,6 +187,8 @@ def decode(
     kept = f", {decoded.kept} kept" if decoded.kept else ""
     steps = "" if len(decoded.folders) == 1 else f" to {decoded.folders[-1].name}"
     echo(f"{decoded.folders[0]}{steps}: {decoded.made} {noun_for(decoded.made, 'video')} made{kept}, as 0.mp4 and on")
+    if decoded.page is not None:
+        echo(f"{decoded.page}: each prompt over the steps")
 
 
 def _choice(option: str, value: str, choices: Sequence[T]) -> T:

@@ -3,6 +3,7 @@
 RUN/validation/step-00000020/latents.safetensors   tensors "0", "1", …: (C, T, h, w) float32, scaled
 RUN/validation/step-00000020/prompts.json          what they are: see `ValidationLatents`
 RUN/validation/step-00000020/0.mp4, 1.mp4, …       written here, and contact_sheet.png beside them
+RUN/validation/index.html                          written here: each prompt over the steps
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from mimir_train.validation_latents import (
     ValidationLatents,
     read_validation_latents,
 )
+from mimir_train.validation_page import PAGE_NAME, ValidationPage
 from mimir_train.video_check import read_video
 
 
@@ -32,6 +34,8 @@ class DecodedVideos:
     """Of the validation steps, by step; never none."""
     made: int
     kept: int
+    page: Path | None
+    """That shows the prompts over the steps; None where one step alone was asked for."""
 
 
 def decode_validation(run: Path, locations: ModelLocations, device: str, progress: Progress) -> DecodedVideos:
@@ -44,13 +48,17 @@ def decode_validation(run: Path, locations: ModelLocations, device: str, progres
     found = [(folder, read_validation_latents(folder)) for folder in folders]
     total = sum(len(latents.prompts) for _, latents in found)
     progress.start(f"{noun_for(total, 'video')} decoded", total)
+    page = None if folders == [run] else ValidationPage(run, [latents.step for _, latents in found])
     made = 0
     # a run has one cache, so one VAE; a folder of another is refused when it is reached
     for identity in {latents.latents_fingerprint: latents.latents_identity for _, latents in found}.values():
         frozen = FrozenModels({"latents": identity}, ("latents",), locations, device)
         same = [(folder, latents) for folder, latents in found if latents.latents_identity == identity]
-        made += _decode_with(frozen, same, progress)
-    return DecodedVideos(folders=tuple(folders), made=made, kept=total - made)
+        made += _decode_with(frozen, same, page, progress)
+    page_path = None if page is None else run / VALIDATION_FOLDER / PAGE_NAME
+    if page is not None and page_path is not None:
+        page.write(page_path)
+    return DecodedVideos(folders=tuple(folders), made=made, kept=total - made, page=page_path)
 
 
 def _find_folders(run: Path) -> list[Path]:
@@ -66,7 +74,12 @@ def _find_folders(run: Path) -> list[Path]:
     return folders
 
 
-def _decode_with(frozen: FrozenModels, found: Sequence[tuple[Path, ValidationLatents]], progress: Progress) -> int:
+def _decode_with(
+    frozen: FrozenModels,
+    found: Sequence[tuple[Path, ValidationLatents]],
+    page: ValidationPage | None,
+    progress: Progress,
+) -> int:
     made = 0
     for folder, latents in found:
         rows: list[SheetRow] = []
@@ -82,6 +95,8 @@ def _decode_with(frozen: FrozenModels, found: Sequence[tuple[Path, ValidationLat
                     with machine_faults(f"{path}: writing"):
                         temporary.replace(path)
                     made += 1
+                if page is not None:
+                    page.add(latents.step, index, prompt, frames, latents.fps)
                 if len(rows) < MAX_ROWS:
                     note = f"step {latents.step}, {index}.mp4"
                     rows.append(SheetRow(caption=prompt, note=note, frames=frames, fps=latents.fps))
