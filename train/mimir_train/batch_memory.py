@@ -51,7 +51,8 @@ class BatchMemory:
 
 
 def _allocate(nbytes: int) -> np.ndarray:
-    pages = mmap.mmap(-1, nbytes)  # zeroed, and taken from the machine when it is first written to
+    # zeroed, and taken from the machine when it is first written to; private, for shared memory gets no huge pages
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)
