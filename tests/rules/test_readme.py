@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its snippets run, and the files that it names are there."""
+"""The README and the guides of both stages are true: commands and snippets run, and files and options are there."""
 
 import re
 import shlex
@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
+from mimir_precompute.cli import app as precompute_app
+from mimir_train.cli import app as train_app
 from tests.conftest import REPOSITORY
 from tests.programs import BIN, environment
 
 README = (REPOSITORY / "README.md").read_text()
+GUIDES = tuple(map(Path, ("README.md", "precompute/README.md", "train/README.md")))
 
 
 def _blocks(language: str) -> list[str]:
@@ -92,3 +97,29 @@ def test_every_file_that_the_readme_names_is_there() -> None:
 def _expand(name: str) -> list[str]:
     match = re.search(r"\{([^}]*)\}", name)
     return [name.replace(match[0], choice) for choice in match[1].split(",")] if match else [name]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=str)
+def test_every_option_that_a_guide_names_is_there(page: Path) -> None:
+    known = {"--help", "--nproc-per-node"}  # torchrun has the latter
+    for app in (precompute_app, train_app):
+        commands = typer.main.get_command(app)
+        assert isinstance(commands, TyperGroup)
+        for command in commands.commands.values():
+            known.update(name for option in command.params for name in (*option.opts, *option.secondary_opts))
+    text = re.sub(r"```python\n.*?```", "", (REPOSITORY / page).read_text(), flags=re.DOTALL)
+    assert sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - known) == []
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=str)
+def test_every_page_that_a_guide_leads_to_is_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+?)(#[\w-]+)?\)", (REPOSITORY / page).read_text())
+    missing = [name for name, _ in links if not (REPOSITORY / page).parent.joinpath(name).exists()]
+    headings = {
+        f"#{re.sub(r'[^a-z0-9 -]', '', line.lstrip('# ').lower()).replace(' ', '-')}"
+        for guide in GUIDES
+        for line in (REPOSITORY / guide).read_text().splitlines()
+        if line.startswith("#")
+    }
+    assert missing == []
+    assert {anchor for _, anchor in links if anchor} <= headings
