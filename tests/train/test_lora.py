@@ -8,6 +8,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from mimir_shared.errors import InputError
+from mimir_train.adapter_base import record_adapters
 from mimir_train.config import LoraConfig
 from mimir_train.lora import (
     WEIGHTS_NAME,
@@ -19,6 +20,7 @@ from mimir_train.lora import (
     save_adapters,
 )
 from mimir_train.model.dit import DiT
+from mimir_train.transformer_folder import save_transformer
 from tests.train.test_dit import CONFIG_2B, CONFIG_5B, diffusers_twin, random_dit, relative_error, run_twin
 
 NEEDS_PEFT = pytest.mark.skipif(
@@ -127,3 +129,10 @@ def test_a_pipeline_loads_the_folder(tmp_path: Path) -> None:
     assert relative_error(run_twin(twin, *example()), output(base)) <= 1e-5
     pipeline.unload_lora_weights()
     assert relative_error(run_twin(twin, *example()), output(random_dit(CONFIG_2B))) <= 1e-5
+
+
+def test_a_base_in_a_folder_is_recorded_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_transformer(CONFIG_2B, DiT(CONFIG_2B).state_dict(), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert record_adapters(ATTENTION, "base", tmp_path / "base").base.name == str(tmp_path / "base")
+    assert record_adapters(ATTENTION, "some/hub-id", tmp_path / "base").base.name == "some/hub-id"

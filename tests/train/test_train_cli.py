@@ -178,6 +178,7 @@ def test_order_of_a_run_is_what_the_run_reads(small_cache: Path, capfd: pytest.C
         (["--preset", "tiny", "--device", "abacus"], 2, "expected auto, cpu, cuda"),
         (["--preset", "tiny", "--feature", "llm=ffff"], 2, "--feature llm=ffff"),
         (["--preset", "tiny", "--init-from", "/nowhere"], 2, "--init-from /nowhere"),
+        (["--preset", "tiny", "--lora-alpha", "4"], 2, "--lora-alpha without --lora-rank"),
         (["--preset", "cogvideox-5b"], 4, "latents have 4 channels"),
         (["--preset", "tiny", "--resume-from-checkpoint", "7"], 2, "--resume-from-checkpoint 7: no checkpoint there"),
     ],

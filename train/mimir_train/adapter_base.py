@@ -11,8 +11,14 @@ from mimir_train.transformer_folder import weight_files
 
 
 def record_adapters(lora: LoraConfig, init_from: str, folder: Path) -> LoraRecord:
-    """What a checkpoint says of adapters; every byte of their base is read for it."""
-    base = BaseRecord(name=init_from, files=_digests(folder))
+    """What a checkpoint says of adapters; every byte of their base is read for it.
+
+    Args:
+        init_from: hub id or folder of the base; a folder is recorded by its whole path, to be found from anywhere.
+        folder: where its transformer lies now.
+    """
+    name = str(Path(init_from).absolute()) if Path(init_from).is_dir() else init_from
+    base = BaseRecord(name=name, files=_digests(folder))
     return LoraRecord(rank=lora.rank, alpha=lora.settled_alpha, targets=lora.targets, base=base)
 
 

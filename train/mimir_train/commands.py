@@ -56,7 +56,16 @@ def build_config(request: RunRequest) -> TrainConfig:
     if began_with is None:
         document = with_rate_of_adapters(document, given)
     document = overlay(overlay(document, given), nest("run.output_dir", str(request.output_dir)))
+    refuse_adapters_without_rank(document)
     return train_config(without_fitting(document))
+
+
+def refuse_adapters_without_rank(document: Document) -> None:
+    model = document.get("model")
+    lora = model.get("lora") if isinstance(model, dict) else None
+    if isinstance(lora, dict) and lora.get("rank") is None:
+        given = ", ".join(f"--lora-{name}" for name in lora if name != "rank")
+        raise InputError(f"{given} without --lora-rank: adapters are trained only where their rank is given")
 
 
 def with_rate_of_adapters(preset: Document, given: Document) -> Document:
