@@ -21,6 +21,7 @@ from mimir_precompute.worker_task import EncodersOf, WorkerTask, run_worker
 from mimir_shared.errors import InputError, MimirError
 from mimir_shared.open_storage import open_storage
 from mimir_shared.redaction import hide_secrets
+from mimir_shared.storage_protocol import Storage
 
 if TYPE_CHECKING:
     from mimir_precompute.team_view import TeamView
@@ -31,21 +32,27 @@ _QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_
 class Worker:
     """The actor: `run` makes the task's shards, `stop` ends the process meanwhile."""
 
+    def __init__(self) -> None:
+        self._storage: Storage | None = None
+
     def run(self, task: WorkerTask, encoders_of: EncodersOf) -> Ending:
         """As a worker process (worker_process.py) does it; errors come back as what they say."""
         warnings = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
         try:
+            self._storage = open_storage(task.cache)
             progress = Progress(quiet=True, watch=False, warnings=warnings)
-            return Ending(outcomes=tuple(run_worker(task, progress, task.models.device, encoders_of)))
+            outcomes = run_worker(task, self._storage, progress, task.models.device, encoders_of)
+            return Ending(outcomes=tuple(outcomes))
         except MimirError as error:
             return Ending(exit_code=error.exit_code, message=hide_secrets(str(error)))
         except Exception as error:  # noqa: BLE001  # a fault of ours: told in the log of the actor, and in one line
             sys.stderr.write(hide_secrets(traceback.format_exc()))
             return Ending(exit_code=1, message=hide_secrets(f"{type(error).__name__}: {error}"))
 
-    def stop(self, cache: str) -> None:
+    def stop(self) -> None:
         """End the process, as SIGTERM ends one that is no actor."""
-        leave_nothing(open_storage(cache))
+        if self._storage is not None:
+            leave_nothing(self._storage)
         os._exit(0)
 
 
@@ -55,7 +62,6 @@ class RayWorker:
     def __init__(self, ray: Any, task: WorkerTask, num_gpus: int, encoders_of: EncodersOf) -> None:
         self.name = f"worker {task.number} (Ray)"
         self._ray = ray
-        self._cache = task.cache
         self._ending: Ending | None = None
         # two calls at once: `stop` must be heard while `run` works
         actor = ray.remote(Worker).options(num_cpus=1, num_gpus=num_gpus, max_concurrency=2)
@@ -71,7 +77,7 @@ class RayWorker:
         return self._ending
 
     def stop(self) -> None:
-        self._actor.stop.remote(self._cache)
+        self._actor.stop.remote()
 
     def kill(self) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError):

@@ -50,9 +50,10 @@ def _run(task: WorkerTask, encoders_of: EncodersOf) -> Ending:
     warnings = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     progress = Progress(quiet=True, watch=False, warnings=warnings)
     try:
-        with working_on(open_storage(task.cache)):
+        storage = open_storage(task.cache)
+        with working_on(storage):
             device = choose_device(task.models.device)
-            return Ending(outcomes=tuple(run_worker(task, progress, device, encoders_of)))
+            return Ending(outcomes=tuple(run_worker(task, storage, progress, device, encoders_of)))
     except MimirError as error:
         return Ending(exit_code=error.exit_code, message=hide_secrets(str(error)))
     except Exception as error:  # noqa: BLE001  # a fault of ours: told here in full, and to the parent in one line

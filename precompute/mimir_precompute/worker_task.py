@@ -13,9 +13,9 @@ from mimir_precompute.open_encoders import open_encoders
 from mimir_precompute.pipeline import EncodeJob, EncoderSource, FeatureOutcome, encode_features, open_features
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
+from mimir_shared.command_line import quiet_libraries
 from mimir_shared.features import FeatureName
 from mimir_shared.manifest import CacheFormat
-from mimir_shared.open_storage import open_storage
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.storage_protocol import Storage
 
@@ -69,15 +69,16 @@ def make_job(
 
 
 def run_worker(
-    task: WorkerTask, progress: Progress, device: str, encoders_of: EncodersOf = open_encoders
+    task: WorkerTask, storage: Storage, progress: Progress, device: str, encoders_of: EncodersOf = open_encoders
 ) -> list[FeatureOutcome]:
     """Make what is left of the task, shard by shard, among other workers.
 
     Args:
+        storage: of the task's cache, the one that is told when the process is to end.
         device: where the models run, for the log.
     Raises: MimirError; what is committed by then stays.
     """
-    storage = open_storage(task.cache)
+    quiet_libraries()
     plan = read_plan(storage)
     with closing(DecodeSandbox(task.decode_limits)) as decoder:
         job = make_job(task, storage, plan, encoders_of(plan, task.models, task.features), decoder)

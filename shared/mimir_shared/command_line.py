@@ -38,8 +38,7 @@ def run_app(app: Callable[[], object]) -> None:
     No secret is quoted: neither in that line, nor in the traceback of a fault of ours.
     """
     sys.excepthook = _print_traceback
-    # diffusers loads it wherever it is installed, and it tells at length what it lacks, which nobody has asked for
-    logging.getLogger("xformers").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         app()
     except MimirError as error:
@@ -52,6 +51,12 @@ def run_app(app: Callable[[], object]) -> None:
         # the reader of our output (head, less) left: that is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def quiet_libraries() -> None:
+    """Let libraries keep to themselves what nobody has asked for; in every process that loads models."""
+    # diffusers loads it wherever it is installed, and it tells at length what it lacks
+    logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
