@@ -17,7 +17,7 @@ from tests.train.ranks import start_ranks
 WATCHDOG_S = 2.0
 
 SCENE = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from mimir_train.config_document import read_document, train_config
 from mimir_train.parallel import start_parallel
@@ -30,6 +30,8 @@ with start_parallel(train_config(read_document(Path(sys.argv[1])))) as parallel:
     with parallel.watched("step 1"):
         parallel.wait_for_all()
     print("ready", flush=True)
+    if f"stop rank {parallel.rank}" in sys.argv:
+        os.kill(os.getpid(), signal.SIGSTOP)  # by itself: nobody else could be sure to come before a watchdog does
     with parallel.watched("step 2"):
         time.sleep(600)  # as an exchange that never notices
 """
@@ -45,10 +47,10 @@ def ended(ranks: list[subprocess.Popen[str]]) -> Iterator[None]:
             rank.communicate()
 
 
-def start_scene(small_cache: Path, folder: Path, watchdog_s: float) -> list[subprocess.Popen[str]]:
+def start_scene(small_cache: Path, folder: Path, watchdog_s: float, *words: str) -> list[subprocess.Popen[str]]:
     settings = folder / "settings.yaml"
     settings.write_text(write_document(tiny_config(small_cache, folder / "run", run__watchdog_s=watchdog_s)))
-    return start_ranks(2, "-c", SCENE, str(settings), str(WATCHDOG_S))
+    return start_ranks(2, "-c", SCENE, str(settings), str(WATCHDOG_S), *words)
 
 
 def start_training(small_cache: Path, folder: Path, **settings: object) -> list[subprocess.Popen[str]]:
@@ -102,11 +104,10 @@ def test_a_death_is_noticed_where_the_others_do_not_exchange_anything(small_cach
 
 
 def test_slowness_by_design_is_no_hang_and_a_stopped_first_rank_is_one(small_cache: Path, tmp_path: Path) -> None:
-    ranks = start_scene(small_cache, tmp_path, watchdog_s=WATCHDOG_S)
+    ranks = start_scene(small_cache, tmp_path, WATCHDOG_S, "stop rank 0")
     with ended(ranks):
         assert ranks[1].stdout is not None
         assert ranks[1].stdout.readline() == "ready\n"  # rank 0 waited three times its timeout for the slow one
-        ranks[0].send_signal(signal.SIGSTOP)
         _, told = ranks[1].communicate(timeout=120)
         assert ranks[1].returncode == 5
         assert re.search(r"error: rank 1: no step was done for 2 s \(run.watchdog_s\): rank 0 in .*, silent for", told)
