@@ -45,6 +45,7 @@ class LocalLeaseStore:
             temporary.file.write(owner)
             temporary.file.flush()
             while True:
+                self._storage.check_mounted()
                 with contextlib.suppress(FileExistsError, FileNotFoundError):  # it may go while it is made
                     path.parent.mkdir(parents=True, exist_ok=True)
                 try:
@@ -53,7 +54,10 @@ class LocalLeaseStore:
                 except FileExistsError:
                     return None
                 except FileNotFoundError:
-                    continue  # another worker has just removed the empty folder
+                    if not temporary.path.exists():  # what is to be linked is gone, with its mount perhaps
+                        self._storage.check_mounted()
+                        raise
+                    # else another worker has just removed the empty folder
 
     def read(self, name: str) -> StoredLease | None:
         return _read(self._storage.path(name), name)

@@ -127,7 +127,7 @@ class LocalStorage:
             with os.scandir(self.path(directory)) as entries:
                 return sorted(entry.name for entry in entries)
         except (FileNotFoundError, NotADirectoryError):
-            self._check_mounted()
+            self.check_mounted()
             return []
         except OSError as fault:
             raise MachineError(f"{self.path(directory)}: cannot be listed: {fault.strerror}; run it again") from fault
@@ -312,7 +312,7 @@ class LocalStorage:
         with self._may_create:
             while True:
                 self._ensure_directory(path.parent)
-                self._check_mounted()
+                self.check_mounted()
                 try:
                     return self.disk.create(path)
                 except FileNotFoundError:
@@ -326,7 +326,7 @@ class LocalStorage:
             except FileExistsError:
                 return False
             except FileNotFoundError:
-                self._check_mounted()
+                self.check_mounted()
                 if final.parent.is_dir():
                     raise
                 self._durable.discard(final.parent)
@@ -358,7 +358,7 @@ class LocalStorage:
         self._durable.add(directory)
 
     def _ensure_root(self) -> None:
-        self._check_mounted()
+        self.check_mounted()
         missing = [self.root, *self.root.parents]
         missing = missing[: next(n for n, folder in enumerate(missing) if folder.exists())]
         for folder in reversed(missing):
@@ -368,7 +368,7 @@ class LocalStorage:
         status = os.stat(self.root)
         self._root_identity = (status.st_dev, status.st_ino)
 
-    def _check_mounted(self) -> None:
+    def check_mounted(self) -> None:
         """Raise MachineError where the root is not the folder any more that was written to before."""
         if self._root_identity is None:
             return

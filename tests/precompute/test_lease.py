@@ -15,7 +15,7 @@ from mimir_precompute.seen_lease import LeaseOwner, read_lease
 from mimir_precompute.termination import _endings
 from mimir_shared import failpoints
 from mimir_shared.disk import Disk
-from mimir_shared.errors import InputError
+from mimir_shared.errors import InputError, MachineError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.layout import lease_name
 from mimir_shared.object_storage import ObjectStorage
@@ -67,6 +67,31 @@ def dead_pid() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
+
+
+def test_a_mount_that_vanishes_while_a_lease_is_made_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    class VanishesBeforeTheLink(Disk):
+        def link(self, source: Path, target: Path) -> None:
+            cache.rename(tmp_path / "away")
+            cache.mkdir()  # the folder that it was mounted on
+            super().link(source, target)
+
+    store = LocalStorage(cache, VanishesBeforeTheLink()).lease_store()
+    with pytest.raises(MachineError, match="is not the folder any more"):
+        store.create(name_of(0), b"{}")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_lease_whose_file_is_taken_away_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    class LosesTheFile(Disk):
+        def link(self, source: Path, target: Path) -> None:
+            source.unlink()
+            super().link(source, target)
+
+    with pytest.raises(FileNotFoundError):
+        LocalStorage(tmp_path, LosesTheFile()).lease_store().create(name_of(0), b"{}")
 
 
 def test_a_lease_names_its_owner_from_the_moment_it_is_there(tmp_path: Path) -> None:
