@@ -208,8 +208,8 @@ class LocalStorage:
     def overwrite(self, name: str, data: bytes) -> None:
         """Write a file that nobody relies on, over what it held. Raises OSError."""
         temporary = self._temporary_path()
-        for folder in (temporary.parent, self.path(name).parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(exist_ok=True)
         # not synced: after a power cut nobody misses it
         temporary.write_bytes(data)
         os.replace(temporary, self.path(name))
