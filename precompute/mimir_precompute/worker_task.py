@@ -13,7 +13,6 @@ from mimir_precompute.open_encoders import open_encoders
 from mimir_precompute.pipeline import EncodeJob, EncoderSource, FeatureOutcome, encode_features, open_features
 from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
-from mimir_shared.command_line import quiet_libraries
 from mimir_shared.features import FeatureName
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan, read_plan
@@ -78,7 +77,6 @@ def run_worker(
         device: where the models run, for the log.
     Raises: MimirError; what is committed by then stays.
     """
-    quiet_libraries()
     plan = read_plan(storage)
     with closing(DecodeSandbox(task.decode_limits)) as decoder:
         job = make_job(task, storage, plan, encoders_of(plan, task.models, task.features), decoder)
