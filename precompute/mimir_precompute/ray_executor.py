@@ -7,18 +7,18 @@ that find no room wait for it, and are what an autoscaler sees: when they come, 
 import contextlib
 import os
 import sys
-import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
 from mimir_precompute.open_encoders import open_encoders
+from mimir_precompute.pipeline import FeatureOutcome
 from mimir_precompute.progress import Progress
-from mimir_precompute.team import Ending
+from mimir_precompute.team import Ending, ending_of
 from mimir_precompute.termination import leave_nothing
 from mimir_precompute.worker_task import EncodersOf, WorkerTask, run_worker
-from mimir_shared.errors import InputError, MimirError
+from mimir_shared.errors import InputError
 from mimir_shared.open_storage import open_storage
 from mimir_shared.redaction import hide_secrets
 from mimir_shared.storage_protocol import Storage
@@ -38,16 +38,13 @@ class Worker:
     def run(self, task: WorkerTask, encoders_of: EncodersOf) -> Ending:
         """As a worker process (worker_process.py) does it; errors come back as what they say."""
         warnings = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
-        try:
+
+        def work() -> list[FeatureOutcome]:
             self._storage = open_storage(task.cache)
             progress = Progress(quiet=True, watch=False, warnings=warnings)
-            outcomes = run_worker(task, self._storage, progress, task.models.device, encoders_of)
-            return Ending(outcomes=tuple(outcomes))
-        except MimirError as error:
-            return Ending(exit_code=error.exit_code, message=hide_secrets(str(error)))
-        except Exception as error:  # noqa: BLE001  # a fault of ours: told in the log of the actor, and in one line
-            sys.stderr.write(hide_secrets(traceback.format_exc()))
-            return Ending(exit_code=1, message=hide_secrets(f"{type(error).__name__}: {error}"))
+            return run_worker(task, self._storage, progress, task.models.device, encoders_of)
+
+        return ending_of(work)
 
     def stop(self) -> None:
         """End the process, as SIGTERM ends one that is no actor."""

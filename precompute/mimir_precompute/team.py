@@ -4,8 +4,10 @@ What is done stands in the commit records, so a worker may die at any moment; an
 workers run is another module's to know (local_workers.py, ray_executor.py).
 """
 
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -14,6 +16,7 @@ from mimir_precompute.pipeline import FeatureOutcome
 from mimir_precompute.worker_task import WorkerTask
 from mimir_shared.errors import CacheError, InputError, MachineError, MimirError, TooManyQuarantinedError
 from mimir_shared.features import FeatureName
+from mimir_shared.redaction import hide_secrets
 from mimir_shared.wording import counted
 
 MAX_RESTARTS: Final = 3
@@ -51,6 +54,17 @@ class Ending:
 
     def describe(self) -> str:
         return f"failed: {self.message}" if self.exit_code else self.message
+
+
+def ending_of(work: Callable[[], Sequence[FeatureOutcome]]) -> Ending:
+    """Do a worker's work; what it raises is told here in full if it is a fault of ours, and to the team in one line."""
+    try:
+        return Ending(outcomes=tuple(work()))
+    except MimirError as error:
+        return Ending(exit_code=error.exit_code, message=hide_secrets(str(error)))
+    except Exception as error:  # noqa: BLE001  # of any kind: whoever started this worker must hear of it
+        sys.stderr.write(hide_secrets(traceback.format_exc()))
+        return Ending(exit_code=1, message=hide_secrets(f"{type(error).__name__}: {error}"))
 
 
 class RunningWorker(Protocol):

@@ -10,20 +10,18 @@ import socket
 import sys
 import threading
 import time
-import traceback
 
 from pydantic import TypeAdapter
 from rich.console import Console
 
 from mimir_precompute.device import choose_device
 from mimir_precompute.open_encoders import open_encoders
+from mimir_precompute.pipeline import FeatureOutcome
 from mimir_precompute.progress import Progress
-from mimir_precompute.team import Ending
+from mimir_precompute.team import Ending, ending_of
 from mimir_precompute.termination import working_on
 from mimir_precompute.worker_task import EncodersOf, WorkerTask, run_worker
-from mimir_shared.errors import MimirError
 from mimir_shared.open_storage import open_storage
-from mimir_shared.redaction import hide_secrets
 
 TASKS = TypeAdapter(WorkerTask)
 ENDINGS = TypeAdapter(Ending)
@@ -49,16 +47,13 @@ def main(encoders_of: EncodersOf = open_encoders) -> None:
 def _run(task: WorkerTask, encoders_of: EncodersOf) -> Ending:
     warnings = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     progress = Progress(quiet=True, watch=False, warnings=warnings)
-    try:
+
+    def work() -> list[FeatureOutcome]:
         storage = open_storage(task.cache)
         with working_on(storage):
-            device = choose_device(task.models.device)
-            return Ending(outcomes=tuple(run_worker(task, storage, progress, device, encoders_of)))
-    except MimirError as error:
-        return Ending(exit_code=error.exit_code, message=hide_secrets(str(error)))
-    except Exception as error:  # noqa: BLE001  # a fault of ours: told here in full, and to the parent in one line
-        sys.stderr.write(hide_secrets(traceback.format_exc()))
-        return Ending(exit_code=1, message=hide_secrets(f"{type(error).__name__}: {error}"))
+            return run_worker(task, storage, progress, choose_device(task.models.device), encoders_of)
+
+    return ending_of(work)
 
 
 def _end_with_parent(connection: socket.socket) -> None:
