@@ -3,22 +3,16 @@
 As a program: a rank, which runs trainings one after another in one group of processes.
 """
 
-import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import read_document, train_config, write_document
 from tests.programs import environment
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def free_port() -> int:

@@ -16,9 +16,9 @@ from mimir_train.loop import train
 from mimir_train.objective import keyed_normal, sample_timesteps
 from mimir_train.open_checkpoint import open_checkpoint
 from mimir_train.order import TrainingOrder
-from tests.train.caches import losses_of, resumed_config, tiny_config
+from tests.train.caches import losses_of, metrics_of, resumed_config, tiny_config
 from tests.train.checkpoints import tensors_of
-from tests.train.ranks import metrics_of, start_ranks, train_on_ranks
+from tests.train.ranks import start_ranks, train_on_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,15 +29,11 @@ from mimir_train.parallel import Parallel
 from mimir_train.step_figures import StepMeter
 from mimir_train.step_report import RankLoad, RankReport, StepReport, exchange
 from tests.programs import environment
-from tests.train.caches import NUM_INSTRUCTIONS, T5_ROWS, VIDEO, resumed_config, tiny_config
+from tests.train.caches import NUM_INSTRUCTIONS, T5_ROWS, VIDEO, metrics_of, resumed_config, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE_RANK = Parallel(place=Place(), device=torch.device("cpu"))
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def rank_report(data_wait_s: float, forward_s: float, memory_bytes: int = 10**9) -> RankReport:

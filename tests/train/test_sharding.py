@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from mimir_train.config import TrainConfig
 from mimir_train.loop import train
 from mimir_train.sharding import state_bytes
-from tests.train.caches import tiny_config
+from tests.train.caches import metrics_of, tiny_config
 from tests.train.checkpoints import tensors_of
-from tests.train.ranks import metrics_of, train_on_ranks
+from tests.train.ranks import train_on_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
