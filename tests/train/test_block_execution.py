@@ -15,8 +15,7 @@ from mimir_train.config import ActivationCheckpointing
 from mimir_train.loop import train
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
-from tests.train.caches import tiny_config
-from tests.train.ranks import metrics_of
+from tests.train.caches import metrics_of, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
