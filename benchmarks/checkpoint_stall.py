@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from mimir_shared.wording import format_size
-from mimir_train.checkpoint import (
+from mimir_train.checkpoint.folder import (
     CheckpointInfo,
     DataRecord,
     FileDigest,
@@ -26,10 +26,10 @@ from mimir_train.checkpoint import (
     TextRecord,
     TrainingRecord,
 )
-from mimir_train.checkpoint_parts import CheckpointPart, ModelPart, OptimizerPart
-from mimir_train.checkpoint_saver import CheckpointSaver, Kept
-from mimir_train.launch import Place
-from mimir_train.parallel import Parallel
+from mimir_train.checkpoint.parts import CheckpointPart, ModelPart, OptimizerPart
+from mimir_train.checkpoint.saver import CheckpointSaver, Kept
+from mimir_train.parallel.launch import Place
+from mimir_train.parallel.processes import Parallel
 
 BACKGROUND, WAITED_FOR = "in the background", "waited for"
 _WIDTH = 1024

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from mimir_precompute.clips import ClipDecoder, ClipPixels, DecodeInProcess
 from mimir_precompute.config import Bucket, Geometry
-from mimir_precompute.decode_sandbox import DecodeSandbox
+from mimir_precompute.decoding.clip_pixels import ClipDecoder, ClipPixels, DecodeInProcess
+from mimir_precompute.decoding.sandbox import DecodeSandbox
 
 GEOMETRY = Geometry(buckets=(Bucket(frames=49, height=480, width=720),), fps=8)
 

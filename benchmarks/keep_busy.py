@@ -27,17 +27,17 @@ import av
 import numpy as np
 import psutil
 
-from mimir_precompute.clip_list import read_clip_list
+from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.config import Bucket
-from mimir_precompute.decode_sandbox import DecodeSandbox
+from mimir_precompute.decoding.sandbox import DecodeSandbox
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.pipeline import EncodeJob, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.features import FeatureName, FeatureTensor
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 
 BUCKET = "49x480x720"
 MOMENTS = (32, 13, 60, 90)  # (2C, T, h, w)

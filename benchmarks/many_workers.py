@@ -21,21 +21,21 @@ from statistics import median
 
 from benchmarks.keep_busy import BUCKET, StandInEncoders, make_clips, write_list
 
-from mimir_precompute.clip_list import read_clip_list
+from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.config import Bucket, DecodeLimits, ModelOptions, TeamOptions
-from mimir_precompute.decode_sandbox import DecodeSandbox
-from mimir_precompute.encode_team import choose_team, encode_together
-from mimir_precompute.local_workers import LocalWorker
+from mimir_precompute.decoding.sandbox import DecodeSandbox
 from mimir_precompute.pipeline import encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.team_view import TeamView
-from mimir_precompute.worker_process import main as work
-from mimir_precompute.worker_task import WorkerTask, make_job
+from mimir_precompute.team.encode_team import choose_team, encode_together
+from mimir_precompute.team.local_workers import LocalWorker
+from mimir_precompute.team.view import TeamView
+from mimir_precompute.team.worker_process import main as work
+from mimir_precompute.team.worker_task import WorkerTask, make_job
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 
 
 def stand_in(plan: Plan, models: ModelOptions, features: Sequence[FeatureName]) -> StandInEncoders:

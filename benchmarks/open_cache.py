@@ -33,8 +33,8 @@ from mimir_shared.manifest import DataFile, RecordMetadata, SampleRecord, Stored
 from mimir_shared.plan_file import Plan, PlannedClip, read_plan, write_plan
 from mimir_shared.safetensors_bytes import TensorPlace
 from mimir_shared.snapshot import write_snapshot
-from mimir_shared.storage import LocalStorage
-from mimir_train.order import BucketShards, TrainingOrder
+from mimir_shared.storage.folder import LocalStorage
+from mimir_train.order.clip_order import BucketShards, TrainingOrder
 
 BATCH_SIZE: Final = 4
 SHAPES: Final[dict[FeatureName, dict[str, tuple[int, ...]]]] = {
@@ -50,7 +50,7 @@ begun = time.perf_counter()
 from mimir_train.batch import LATENT_TENSORS
 imported, cpu = time.perf_counter(), time.process_time()
 from mimir_train.cache_reader import open_cache
-from mimir_train.step_reader import ReadOptions
+from mimir_train.reading.step_reader import ReadOptions
 cache = open_cache(sys.argv[1])
 opened = time.perf_counter()
 options = ReadOptions(verify="never")

@@ -24,7 +24,7 @@ from mimir_shared.layout import spec_name
 from mimir_shared.manifest import DataFile, RecordMetadata, SampleRecord, StoredSample, write_record
 from mimir_shared.plan_file import read_plan
 from mimir_shared.safetensors_bytes import TensorPlace
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 
 PROGRAM = str(Path(sys.executable).parent / "mimir-precompute")
 
@@ -75,7 +75,7 @@ def write_records(cache: Path) -> None:
 OPEN_AS_A_WORKER = """
 import pathlib, sys
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 plan = read_plan(LocalStorage(pathlib.Path(sys.argv[1])))
 sizes = {shard: plan.file_of(shard).num_clips(shard) for shard in range(plan.num_shards)}
 for shard in range(0, plan.num_shards, max(plan.num_shards // 8, 1)):

@@ -27,8 +27,8 @@ from typing import Any
 import obstore
 from obstore.store import S3Store
 
-from mimir_shared.local_read_cache import LocalReadCache
-from mimir_shared.object_storage import ObjectStorage
+from mimir_shared.storage.bucket import ObjectStorage
+from mimir_shared.storage.local_read_cache import LocalReadCache
 
 RANGE_BYTES = 3_500_000
 OBJECT_BYTES = 900_000_000

@@ -35,12 +35,12 @@ from benchmarks.synthetic_cache import build_cache, write_merged_tars
 
 from mimir_shared.feature_column import FeatureColumn
 from mimir_shared.manifest import CacheFormat
-from mimir_train.batch_memory import BatchMemory
-from mimir_train.batch_reader import TensorRequest
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.config import VerifyReads
-from mimir_train.order import TrainingOrder
-from mimir_train.step_reader import ReadOptions, StepReader
+from mimir_train.order.clip_order import TrainingOrder
+from mimir_train.reading.batch_memory import BatchMemory
+from mimir_train.reading.batch_reader import TensorRequest
+from mimir_train.reading.step_reader import ReadOptions, StepReader
 
 BATCH_SIZE: Final = 4
 WORKERS: Final = 2

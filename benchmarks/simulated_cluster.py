@@ -20,11 +20,11 @@ from typing import Final, cast
 from benchmarks.simulated_storage import SimulatedClock, SimulatedStorage
 
 from mimir_precompute.commit import commit_shard
-from mimir_precompute.lease import Leases, ShardClaims, Waiting
-from mimir_precompute.seen_lease import HEARTBEAT_S, LeaseOwner
+from mimir_precompute.workers.lease import Leases, ShardClaims, Waiting
+from mimir_precompute.workers.seen_lease import HEARTBEAT_S, LeaseOwner
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 FINGERPRINT: Final = "0" * 64
 _BACK_AFTER_S: Final = 300.0

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mimir_precompute.shard_writer import FinishedShard
 from mimir_shared.formats.shard_format import WrittenFile
-from mimir_shared.lease_store import StoredLease
 from mimir_shared.manifest import DataFile
-from mimir_shared.storage import TemporaryFile
+from mimir_shared.storage.folder import TemporaryFile
+from mimir_shared.storage.lease_store import StoredLease
 
 
 class SimulatedClock:

@@ -22,7 +22,7 @@ from mimir_shared.plan_file import PlanSettings, read_plan, write_plan
 from mimir_shared.safetensors_bytes import tensors_to_safetensors
 from mimir_shared.snapshot import write_snapshot
 from mimir_shared.snapshot_reader import SnapshotReader
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 
 BUCKET: Final = "49x480x720"
 LATENTS: Final = (16, 13, 60, 90)

@@ -35,7 +35,7 @@ from mimir_train.json_lines import read_steps
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.optimizer import build_optimizer
-from mimir_train.order import TrainingOrder
+from mimir_train.order.clip_order import TrainingOrder
 from mimir_train.presets import preset_document
 from mimir_train.run_folder import METRICS_NAME
 from mimir_train.trained_model import TrainedModel

@@ -19,11 +19,11 @@ from mimir_shared.transformer_flops import LatentSize, training_flops
 from mimir_train.attention_choice import DTYPES
 from mimir_train.block_execution import set_block_execution
 from mimir_train.config import ActivationCheckpointing
+from mimir_train.metrics.model_flops import device_peak_tflops, transformer_sizes
 from mimir_train.model.attention import why_not
 from mimir_train.model.config import FUSERS, AttentionName, DiTConfig, FuserConfig
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import LlmFeatures, TokenFuser
-from mimir_train.model_flops import device_peak_tflops, transformer_sizes
 from mimir_train.objective import TextFeatures
 from mimir_train.presets import preset_document
 from mimir_train.trained_model import TrainedModel

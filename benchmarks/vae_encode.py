@@ -4,7 +4,7 @@ python -m benchmarks.vae_encode [--device auto] [--model real toy] [--size 9x64x
                                 [--batch 1] [--repeats 5] [--layers] [--memory] [--through-encoder] [--json]
 python -m benchmarks.vae_encode --numerics [--clips ../shared/clips]
 
-Times are medians of runs that take turns. The floor is that of mimir_precompute/vae_roofline.py at the rates of matrix
+Times are medians of runs that take turns. The floor is that of planning/vae_roofline.py at the rates of matrix
 products and copies that are measured first. Without --size: small frames on a CPU, 49x480x720 on a GPU. `real` is the
 VAE of CogVideoX with random weights, which take as long as trained ones.
 """

@@ -15,17 +15,17 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
-from mimir_precompute.clips import read_clip
+from mimir_precompute.clips.rejection import ClipRejected
 from mimir_precompute.config import Bucket, ComputeDType, Geometry, ModelSource, VaeSettings
+from mimir_precompute.decoding.clip_pixels import read_clip
 from mimir_precompute.encoders.arrays import TORCH_DTYPES
 from mimir_precompute.encoders.base import EncoderInput
 from mimir_precompute.encoders.fast_vae import FastVaeEncoder, arithmetic_dtype, build_fast_encoder, frame_chunks
 from mimir_precompute.encoders.fast_vae_layers import Convolution, Hidden, Normalization, TorchKernels, VaeKernels
 from mimir_precompute.encoders.vae import VaeEncoder
 from mimir_precompute.model_files import resolve_model
-from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.planning.vae_roofline import Device, LayerCost, floor_s, layer_costs
 from mimir_precompute.toy.models import load_toy_vae
-from mimir_precompute.vae_roofline import Device, LayerCost, floor_s, layer_costs
 
 NUMERICS_SIZES = {"toy": "49x64x96", "real": "9x32x48"}
 

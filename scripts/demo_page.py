@@ -11,15 +11,15 @@ from typing import Any
 import av
 import numpy as np
 
-from mimir_precompute.clip_facts import describe_clip
-from mimir_precompute.clips import read_clip
 from mimir_precompute.config import Bucket, ModelSource
-from mimir_precompute.decode_latents import load_decoder
+from mimir_precompute.decoding.clip_pixels import read_clip
 from mimir_precompute.encoders.vae import VaeEncoder
-from mimir_precompute.inspect_clip import posterior_mean, read_clip_tensors
-from mimir_precompute.plan import geometry_of
+from mimir_precompute.inspection.clip_facts import describe_clip
+from mimir_precompute.inspection.find_clip import posterior_mean, read_clip_tensors
+from mimir_precompute.inspection.latent_decoder import load_decoder
+from mimir_precompute.inspection.status import CacheStatus, read_status
+from mimir_precompute.planning.plan import geometry_of
 from mimir_precompute.presets import PRESETS
-from mimir_precompute.status import CacheStatus, read_status
 from mimir_shared.errors import MimirError
 from mimir_shared.feature_folder import find_features
 from mimir_shared.page.charts import LineChart, Series, line_chart, smoothed
@@ -27,7 +27,7 @@ from mimir_shared.page.pictures import Moving, moving_picture, psnr_db
 from mimir_shared.page.render import render_page
 from mimir_shared.plain_documents import parse_yaml
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 
 TEMPLATE = Path(__file__).parent / "demo_page.html.j2"
 LOSS_WINDOW = 20

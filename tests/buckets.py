@@ -11,9 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from mimir_shared.bucket_client import parse_location
-from mimir_shared.bucket_requests import RequestLimits
-from mimir_shared.object_storage import ObjectStorage
+from mimir_shared.storage.bucket import ObjectStorage
+from mimir_shared.storage.bucket_client import parse_location
+from mimir_shared.storage.bucket_requests import RequestLimits
 from tests.fault_proxy import Fault, FaultProxy, Plan
 
 SECRET = "canary5ecretNeverToBeSeen"

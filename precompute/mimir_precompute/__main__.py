@@ -1,5 +1,5 @@
 """`python -m mimir_precompute`."""
 
-from mimir_precompute.cli import main
+from mimir_precompute.cli.app import main
 
 main()

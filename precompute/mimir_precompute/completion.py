@@ -7,7 +7,7 @@ from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import Plan
 from mimir_shared.snapshot import Snapshot, incomplete_shards, list_snapshots, write_snapshot
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 
 def write_snapshot_if_complete(

@@ -5,7 +5,7 @@ from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_feature
 from mimir_shared.features import FeatureName
 from mimir_shared.layout import spec_name
 from mimir_shared.manifest import CacheFormat
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 DEFAULT_FORMAT: CacheFormat = "webdataset"
 

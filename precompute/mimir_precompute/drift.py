@@ -3,7 +3,7 @@
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureSpec, find_features
 from mimir_shared.fingerprint import differences
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 
 def refuse_other_identity(storage: Storage, spec: FeatureSpec) -> None:

@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-from mimir_precompute.lease import all_leases, take_over
-from mimir_precompute.seen_lease import read_lease
+from mimir_precompute.workers.lease import all_leases, take_over
+from mimir_precompute.workers.seen_lease import read_lease
 from mimir_shared.errors import CacheError
 from mimir_shared.failpoints import failpoint
 from mimir_shared.feature_folder import FeatureFolder, find_features
-from mimir_shared.found_file import FoundFile
 from mimir_shared.layout import lease_name, parse_record_name, second_lease_name
 from mimir_shared.snapshot import Snapshot, list_snapshots
-from mimir_shared.storage import machine_faults
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.folder import machine_faults
+from mimir_shared.storage.found_file import FoundFile
+from mimir_shared.storage.protocol import Storage
 
 GRACE_S: Final = 3600.0
 GarbageKind = Literal["data", "record", "lease", "temporary", "snapshot"]

@@ -17,9 +17,9 @@ from mimir_precompute.config import (
     ModelSource,
     VaeEngine,
 )
+from mimir_precompute.decoding.frames import RESIZE_KERNEL
 from mimir_precompute.encoders.prompts import INSTRUCTION_SEPARATOR, TEMPLATE_ARGUMENTS
 from mimir_precompute.encoders.vllm_process import vllm_version
-from mimir_precompute.frames import RESIZE_KERNEL
 from mimir_precompute.model_files import ModelPart, ResolvedModel, resolve_model
 from mimir_shared.errors import InputError
 from mimir_shared.features import FeatureName, TensorSpec

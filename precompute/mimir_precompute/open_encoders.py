@@ -6,7 +6,7 @@ from mimir_precompute.config import ModelOptions
 from mimir_precompute.device import choose_device
 from mimir_precompute.model_encoders import ModelEncoders
 from mimir_precompute.model_options import encode_settings
-from mimir_precompute.plan import geometry_of
+from mimir_precompute.planning.plan import geometry_of
 from mimir_precompute.presets import find_preset
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import Plan

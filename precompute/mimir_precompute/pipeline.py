@@ -9,16 +9,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from mimir_precompute.clips import ClipDecoder, DecodeInProcess
 from mimir_precompute.commit import commit_shard
 from mimir_precompute.completion import write_snapshot_if_complete
 from mimir_precompute.data_format import choose_format, refuse_other_format
+from mimir_precompute.decoding.clip_pixels import ClipDecoder, DecodeInProcess
 from mimir_precompute.drift import refuse_other_identity
 from mimir_precompute.empty_prompt import lacks_empty_prompt, publish_empty, require_answers
 from mimir_precompute.encoders.base import Encoder, JsonValue, Pending, start_encoding
-from mimir_precompute.lease import Leases, ShardClaims
 from mimir_precompute.overlap import Channel, Crew
-from mimir_precompute.plan import geometry_of
+from mimir_precompute.planning.plan import geometry_of
 from mimir_precompute.prepare import (
     Claims,
     ClipPreparer,
@@ -31,13 +30,14 @@ from mimir_precompute.prepare import (
     in_batches,
     prepare_shards,
 )
-from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.quarantine import refuse_large_share, refuse_mass_loss, unusable_clips
 from mimir_precompute.remake import Remake, Remaking
-from mimir_precompute.seen_lease import HEARTBEAT_S
 from mimir_precompute.shard_writer import ShardWriter
-from mimir_precompute.together import SharedWork, work_left
+from mimir_precompute.workers.lease import Leases, ShardClaims
+from mimir_precompute.workers.progress import Progress
+from mimir_precompute.workers.seen_lease import HEARTBEAT_S
+from mimir_precompute.workers.together import SharedWork, work_left
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import fingerprint
@@ -46,8 +46,8 @@ from mimir_shared.layout import spec_name
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan
 from mimir_shared.snapshot import Snapshot
-from mimir_shared.storage import machine_faults
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.folder import machine_faults
+from mimir_shared.storage.protocol import Storage
 
 _CLIPS_TO_WRITE = 16
 """Encoded clips of a shard that may wait to be written, some 75 MB: seconds of work for the accelerator while the shard

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mimir_precompute.clip_fetch import ClipFetcher
-from mimir_precompute.clip_source import hash_source
-from mimir_precompute.clips import ClipDecoder
+from mimir_precompute.clips.fetch import ClipFetcher
+from mimir_precompute.clips.rejection import ClipRejected, RejectionReason
+from mimir_precompute.clips.source import hash_source
 from mimir_precompute.config import Geometry
+from mimir_precompute.decoding.clip_pixels import ClipDecoder
 from mimir_precompute.encoders.base import Encoded, EncoderInput
 from mimir_precompute.overlap import Channel, Crew
-from mimir_precompute.rejection import ClipRejected, RejectionReason
 from mimir_precompute.remake import Remake
 from mimir_precompute.shard_writer import answers_hash, caption_hash
 from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder
 from mimir_shared.manifest import CommitRecord, SampleRecord
 from mimir_shared.plan_file import Plan, PlannedClip
-from mimir_shared.storage import machine_faults
+from mimir_shared.storage.folder import machine_faults
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from typing import Any
 from mimir_precompute.encoders.base import ReportingEncoder
 from mimir_precompute.shard_writer import FinishedShard
 from mimir_shared.fingerprint import differences
-from mimir_shared.storage import machine_faults
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.folder import machine_faults
+from mimir_shared.storage.protocol import Storage
 
 _LIBRARIES = ("mimir-t2v", "torch", "transformers", "diffusers", "tokenizers", "av", "numpy")
 

@@ -11,12 +11,12 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mimir_precompute.rejection import UNTRIED_STAGES
+from mimir_precompute.clips.rejection import UNTRIED_STAGES
 from mimir_shared.errors import MachineError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.manifest import SampleRecord
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 MASS_LOSS_CLIPS: Final = 8
 MASS_LOSS_SHARE: Final = 0.5

@@ -8,15 +8,9 @@ encoded anew, the rest is copied once its hashes were checked.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from mimir_precompute.clips.rejection import UNTRIED_STAGES
 from mimir_precompute.completion import write_snapshot_if_complete
-from mimir_precompute.pipeline import asked_identities, encode_cache
-from mimir_precompute.progress import Progress
-from mimir_precompute.provenance import RunLog
-from mimir_precompute.rejection import UNTRIED_STAGES
-from mimir_precompute.remake import Remake, answers_of, outdated_rows
-from mimir_precompute.retry import JobMaker
-from mimir_precompute.shard_writer import caption_hash
-from mimir_precompute.verify import (
+from mimir_precompute.inspection.verify import (
     Problem,
     VerifyReport,
     check_sample,
@@ -25,6 +19,12 @@ from mimir_precompute.verify import (
     find_lost_records,
     verify_feature,
 )
+from mimir_precompute.pipeline import asked_identities, encode_cache
+from mimir_precompute.provenance import RunLog
+from mimir_precompute.remake import Remake, answers_of, outdated_rows
+from mimir_precompute.retry import JobMaker
+from mimir_precompute.shard_writer import caption_hash
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
 from mimir_shared.features import FEATURES, FeatureName
@@ -33,8 +33,8 @@ from mimir_shared.layout import empty_name, spec_name
 from mimir_shared.manifest import CommitRecord
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, read_index, read_snapshot, rebuild_index
-from mimir_shared.storage import machine_faults
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.folder import machine_faults
+from mimir_shared.storage.protocol import Storage
 
 Folder = tuple[FeatureName, str]
 """A feature's folder: name and first 12 digits of the fingerprint."""

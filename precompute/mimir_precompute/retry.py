@@ -9,20 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
+from mimir_precompute.clips.rejection import UNTRIED_STAGES, RejectionReason, RejectionStage
 from mimir_precompute.completion import write_snapshot_if_complete
 from mimir_precompute.option_values import parse_features
 from mimir_precompute.pipeline import EncodeJob, encode_cache
-from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.quarantine import QuarantinedClip, feature_ledger, read_ledger
-from mimir_precompute.rejection import UNTRIED_STAGES, RejectionReason, RejectionStage
 from mimir_precompute.remake import Remake, Remaking, answers_of, outdated_shards
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import InputError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.snapshot import Snapshot, list_snapshots
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from mimir_precompute.clips.rejection import UNTRIED_STAGES, ClipRejected
 from mimir_precompute.encoders.base import Encoded
-from mimir_precompute.rejection import UNTRIED_STAGES, ClipRejected
 from mimir_shared.features import FeatureTensor, TensorSpec
 from mimir_shared.formats.shard_format import ShardFormat, WrittenFile
 from mimir_shared.manifest import SampleRecord, TensorStatistics

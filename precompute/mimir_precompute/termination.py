@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 

@@ -19,7 +19,7 @@ from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import NUMPY_DTYPES, DType
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.snapshot import Snapshot
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 _JSON_PLACE: Final = ("json_file", "json_offset", "json_nbytes", "json_xxh3")
 

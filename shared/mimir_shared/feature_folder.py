@@ -21,7 +21,7 @@ from mimir_shared.manifest import (
 )
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.shard_files import ShardFiles
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 SPEC_VERSION: Final = 1
 

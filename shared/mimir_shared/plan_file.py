@@ -25,8 +25,8 @@ from mimir_shared.errors import CacheError, InputError
 from mimir_shared.layout import plan_name
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.sealed import SealedTableWriter, open_sealed_table
-from mimir_shared.storage import LocalStorage
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.folder import LocalStorage
+from mimir_shared.storage.protocol import Storage
 
 PLAN_VERSION: Final = 1
 GROUP_ROWS: Final = 65_536

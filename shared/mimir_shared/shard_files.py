@@ -13,7 +13,7 @@ from mimir_shared.features import FeatureTensor
 from mimir_shared.manifest import CommitRecord, SampleRecord, StoredSample
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.safetensors_bytes import tensor_at
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 SEE_VERIFY: Final = "; the shard is damaged: run `mimir-precompute verify`"
 

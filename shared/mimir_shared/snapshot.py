@@ -24,7 +24,7 @@ from mimir_shared.manifest import CacheFormat, RecordMetadata, TensorStatistics
 from mimir_shared.plain_documents import parse_json
 from mimir_shared.plan_file import Plan
 from mimir_shared.statistics import merge_statistics
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 _UNDIGESTED: Final = frozenset(("version", "sequence", "digest"))
 SNAPSHOT_VERSION: Final = 2

@@ -20,12 +20,12 @@ from mimir_shared.feature_column import FeatureColumn
 from mimir_shared.feature_folder import FeatureSpec, find_features
 from mimir_shared.features import NUMPY_DTYPES, FeatureName, FeatureTensor
 from mimir_shared.layout import FINGERPRINT_DIGITS, empty_name, plan_name, snapshot_directory
-from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB, open_storage
 from mimir_shared.plan_file import read_plan
 from mimir_shared.safetensors_bytes import read_tensors
 from mimir_shared.sealed import check_sealed_tensors, claimed_seal
 from mimir_shared.snapshot import Snapshot, incomplete_shards, list_snapshots, read_index, read_snapshot
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.open import DEFAULT_LOCAL_CACHE_GB, open_storage
+from mimir_shared.storage.protocol import Storage
 
 _FOOTER_BYTES: Final = 1 << 20
 """Where a seal stands in a plan file, counted from its end: the footer is far smaller."""

@@ -12,7 +12,7 @@ import pytest
 from scripts import demo, demo_page
 
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.pages import Outline, visit_page
 from tests.programs import run
 

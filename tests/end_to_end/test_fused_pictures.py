@@ -8,9 +8,9 @@ import torch
 
 from mimir_precompute.volatility.fusing import load_weights
 from mimir_shared.errors import InputError
-from mimir_train.fuser_folder import save_fuser
 from mimir_train.model.config import FUSERS, FuserConfig
 from mimir_train.model.fuser import LlmFeatures, TokenFuser
+from mimir_train.weights.fuser_folder import save_fuser
 
 WITH_DECODER = [name for name, switches in FUSERS.items() if switches.decoder]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mimir_precompute.config import ModelSource
-from mimir_precompute.decode_latents import load_decoder
+from mimir_precompute.inspection.latent_decoder import load_decoder
 from mimir_precompute.report.scan import choose_features
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.pages import Outline
 from tests.programs import run
 

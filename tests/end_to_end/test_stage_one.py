@@ -14,14 +14,14 @@ from diffusers import AutoencoderKLCogVideoX
 from PIL import Image, ImageOps
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5EncoderModel
 
-from mimir_precompute.clip_facts import describe_clip
-from mimir_precompute.clips import read_clip
 from mimir_precompute.config import DEFAULT_INSTRUCTIONS, Bucket, Geometry
-from mimir_precompute.inspect_clip import find_clip, read_clip_tensors
+from mimir_precompute.decoding.clip_pixels import read_clip
+from mimir_precompute.inspection.clip_facts import describe_clip
+from mimir_precompute.inspection.find_clip import find_clip, read_clip_tensors
 from mimir_shared.feature_folder import find_features
 from mimir_shared.features import FEATURES, FeatureTensor
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import tree
 from tests.programs import run, start
 

@@ -4,9 +4,9 @@ import signal
 import time
 from pathlib import Path
 
-from mimir_precompute.workers import read_workers
+from mimir_precompute.workers.seen import read_workers
 from mimir_shared.process_identity import life_of
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.faults.workers import compared
 from tests.programs import run, start
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mimir_precompute.lease import Leases
+from mimir_precompute.workers.lease import Leases
 from mimir_shared import failpoints
 from mimir_shared.errors import MimirError
-from mimir_shared.lease_store import HeldLease
-from mimir_shared.object_storage import ObjectStorage
+from mimir_shared.storage.bucket import ObjectStorage
+from mimir_shared.storage.lease_store import HeldLease
 from tests.buckets import QUICK
 from tests.faults.workers import encode_into
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mimir_precompute.verify import verify_cache
-from mimir_shared.storage import LocalStorage
+from mimir_precompute.inspection.verify import verify_cache
+from mimir_shared.storage.folder import LocalStorage
 from tests.faults.workers import compared, encode, make_clips
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from mimir_precompute.clip_list import read_clip_list
-from mimir_precompute.clips import ClipPixels
+from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.config import Geometry
+from mimir_precompute.decoding.clip_pixels import ClipPixels
+from mimir_precompute.inspection.verify import Problem, VerifyReport, verify_feature
 from mimir_precompute.pipeline import EncodeJob, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.verify import Problem, VerifyReport, verify_feature
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec, find_features
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders
 from tests.faults.workers import make_clips
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import pytest
 
-from mimir_shared.disk import Disk
+from mimir_shared.storage.disk import Disk
 from tests.faults.workers import end_of, start
 
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000

@@ -15,9 +15,9 @@ import numpy as np
 from av.stream import Disposition
 from PIL import Image
 
-from mimir_precompute.frames import Pixels
+from mimir_precompute.decoding.frames import Pixels
 from tests.precompute import media
-from tests.precompute.hostile_child import MARK
+from tests.precompute.decoding.hostile_child import MARK
 from tests.precompute.media import FFV1, MPEG4, VideoStyle, image_bytes, video_bytes
 
 NINE_FRAMES, ONE_FRAME = "ok 9x64x96", "ok 1x64x96"

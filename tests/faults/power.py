@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
-from mimir_shared.disk import Disk
+from mimir_shared.storage.disk import Disk
 
 _SECTOR = 512
 

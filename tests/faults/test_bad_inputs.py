@@ -16,25 +16,25 @@ import av
 import numpy as np
 import pytest
 
-from mimir_precompute import clip_source
-from mimir_precompute.clip_list import read_clip_list
+from mimir_precompute.clips import source as clip_source
+from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.config import DecodeLimits
-from mimir_precompute.decode_sandbox import DecodeSandbox
+from mimir_precompute.decoding.sandbox import DecodeSandbox
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.feature_folder import find_features
 from mimir_shared.features import FeatureTensor
 from mimir_shared.manifest import SampleRecord
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders
 from tests.faults.odd_media import Clip, bad_clips, good_clips, scenes
+from tests.precompute.decoding.test_sandbox import HOSTILE, peak_bytes
 from tests.precompute.media import psnr, video_bytes
-from tests.precompute.test_decode_sandbox import HOSTILE, peak_bytes
 
 LIMITS = DecodeLimits(timeout_s=1, memory_gb=0.5)
 

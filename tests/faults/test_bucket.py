@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mimir_precompute.status import read_status
-from mimir_precompute.verify import verify_cache
-from mimir_shared.bucket_requests import RequestLimits
+from mimir_precompute.inspection.status import read_status
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_shared.errors import CacheError, MachineError
-from mimir_shared.local_read_cache import LocalReadCache
-from mimir_shared.object_storage import ObjectStorage
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.snapshot_reader import SnapshotReader, open_snapshot
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.bucket import ObjectStorage
+from mimir_shared.storage.bucket_requests import RequestLimits
+from mimir_shared.storage.folder import LocalStorage
+from mimir_shared.storage.local_read_cache import LocalReadCache
 from tests.buckets import QUICK, SECRET, copy_behind, faulty, objects_of
 from tests.fault_proxy import Fault, FaultProxy
 from tests.faults.conftest import World

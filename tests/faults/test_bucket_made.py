@@ -17,19 +17,19 @@ from typing import Any, BinaryIO
 import pytest
 
 from mimir_precompute.gc import collect_garbage
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_precompute.pipeline import EncodeJob
-from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.remake import Remaking
 from mimir_precompute.repair import repair_cache
-from mimir_precompute.verify import verify_cache
-from mimir_shared.disk import Disk
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import MachineError
 from mimir_shared.feature_folder import find_features
 from mimir_shared.features import FeatureName
-from mimir_shared.object_storage import ObjectStorage
 from mimir_shared.plan_file import Plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.bucket import ObjectStorage
+from mimir_shared.storage.disk import Disk
+from mimir_shared.storage.folder import LocalStorage
 from tests.buckets import QUICK, SECRET, environment, faulty, new_bucket, objects_of
 from tests.fake_encoders import FakeEncoders
 from tests.fault_proxy import Fault, FaultProxy

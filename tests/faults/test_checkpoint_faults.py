@@ -10,8 +10,8 @@ import pytest
 
 from mimir_shared import failpoints
 from mimir_shared.errors import MachineError
-from mimir_train.checkpoint import check_checkpoint, find_checkpoint
-from mimir_train.checkpoint_saver import Kept
+from mimir_train.checkpoint.folder import check_checkpoint, find_checkpoint
+from mimir_train.checkpoint.saver import Kept
 from tests.faults.failing_disk import in_own_mounts, mount_memory
 from tests.faults.kills import Counter, die_at
 from tests.faults.workers import end_of, start

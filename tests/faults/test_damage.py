@@ -8,10 +8,10 @@ from typing import get_args
 
 import pytest
 
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_shared.errors import CacheError
 from mimir_shared.manifest import CacheFormat, read_record
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.faults.damage import Shard, choose_byte, make_cache, replaced
 
 NUM_FLIPS, NUM_CUTS = 1000, 300

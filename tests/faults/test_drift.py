@@ -28,15 +28,15 @@ from mimir_precompute.model_encoders import ModelEncoders
 from mimir_precompute.model_files import ResolvedModel
 from mimir_precompute.pipeline import EncodeJob, encode_cache, open_features
 from mimir_precompute.presets import PRESETS
-from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import find_features
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName, FeatureTensor
 from mimir_shared.fingerprint import fingerprint
 from mimir_shared.plan_file import read_plan
 from mimir_shared.safetensors_bytes import tensors_to_safetensors
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders, tree
 from tests.faults.conftest import World
 from tests.faults.workers import NUM_SHARDS, SHARD_SIZE, TEXT, encode

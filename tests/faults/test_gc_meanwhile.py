@@ -12,7 +12,7 @@ import pytest
 from mimir_precompute.gc import collect_garbage
 from mimir_shared import failpoints
 from mimir_shared.feature_folder import find_features
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.faults.conftest import World
 from tests.faults.kills import Counter, die_at
 from tests.faults.workers import assert_same_cache, encode, end_of, kill, run_alone, start

@@ -17,21 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mimir_precompute.clip_list import read_clip_list
+from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.config import DecodeLimits
-from mimir_precompute.decode_sandbox import DecodeSandbox
+from mimir_precompute.decoding.sandbox import DecodeSandbox
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_precompute.instruction_file import read_instructions
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import CacheError, InputError, MimirError
 from mimir_shared.feature_folder import find_features
 from mimir_shared.plan_file import read_plan
 from mimir_shared.safetensors_bytes import read_tensors
 from mimir_shared.sealed import _JSON_MARK, _ZEROS, _seal, read_sealed_json
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders
 from tests.faults.odd_media import scenes
 from tests.precompute.media import video_bytes

@@ -14,11 +14,11 @@ from mimir_precompute.encoders.prompts import PromptBuilder
 from mimir_precompute.model_files import resolve_model
 from mimir_shared.errors import CacheError, InputError, MimirError
 from mimir_shared.sealed import write_sealed_json
-from mimir_train.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, read_checkpoint_info
-from mimir_train.checkpoint_storage import PieceReader
-from mimir_train.fuser_folder import load_fuser
-from mimir_train.open_checkpoint import open_checkpoint
-from mimir_train.transformer_folder import load_transformer
+from mimir_train.checkpoint.folder import MANIFEST, find_checkpoint, list_checkpoints, read_checkpoint_info
+from mimir_train.checkpoint.opened import open_checkpoint
+from mimir_train.checkpoint.storage import PieceReader
+from mimir_train.weights.fuser_folder import load_fuser
+from mimir_train.weights.transformer_folder import load_transformer
 from tests.faults.test_payloads import HOSTILE_TENSORS, pickled
 
 CODE = """

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import find_features
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.faults.conftest import World
 from tests.faults.power import RecordingDisk
 from tests.faults.workers import assert_same_cache, compared, encode

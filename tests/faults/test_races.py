@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 
-from mimir_precompute.lease import Leases
+from mimir_precompute.workers.lease import Leases
 from mimir_shared import failpoints
-from mimir_shared.lease_store import HeldLease
+from mimir_shared.storage.lease_store import HeldLease
 from tests.faults.conftest import World
 from tests.faults.workers import assert_same_cache, compared, encode, end_of, kill, run_alone, start
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_precompute.pipeline import EncodeJob, encode_cache
-from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.remake import Remaking
 from mimir_precompute.repair import repair_cache
 from mimir_precompute.retry import RetryChoice, retry_clips
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.feature_folder import find_features
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import Plan, read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders
 from tests.faults.conftest import World
 from tests.faults.workers import TEXT, compared, end_of, kill, start

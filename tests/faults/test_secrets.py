@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mimir_precompute import commands, commands_remake
-from mimir_shared.storage import LocalStorage
+from mimir_precompute.cli import commands, commands_remake
+from mimir_shared.storage.folder import LocalStorage
 from tests.conftest import REPOSITORY
 from tests.fake_encoders import FakeEncoders
 from tests.faults.workers import make_clips
-from tests.precompute.test_cli import call
+from tests.precompute.cli.test_cli import call
 from tests.programs import run
 
 ENVIRONMENT = {

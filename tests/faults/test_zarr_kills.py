@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mimir_precompute.verify import verify_cache
-from mimir_shared.storage import LocalStorage
+from mimir_precompute.inspection.verify import verify_cache
+from mimir_shared.storage.folder import LocalStorage
 from tests.faults.conftest import World
 from tests.faults.kills import Counter, RandomKills, die_at
 from tests.faults.workers import assert_same_cache, compared, encode, end_of, run_alone, start

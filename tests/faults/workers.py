@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mimir_precompute.clip_list import read_clip_list
+from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.pipeline import EncodeJob, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
-from mimir_shared.disk import Disk
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import MimirError
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.disk import Disk
+from mimir_shared.storage.folder import LocalStorage
+from mimir_shared.storage.protocol import Storage
 from tests.fake_encoders import FakeEncoders, tree
 
 NUM_SHARDS, SHARD_SIZE = 5, 2

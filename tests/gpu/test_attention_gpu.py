@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
 from mimir_train.model.attention import attention, why_not  # noqa: E402
 from mimir_train.model.config import AttentionName  # noqa: E402
 from tests.attention_cases import LENGTHS, draw_heads, gradients, one_by_one, padded, segments_of  # noqa: E402
-from tests.train.test_dit import CONFIG_2B, random_dit  # noqa: E402
-from tests.train.test_packing import draw_clips, each_alone, mean_loss  # noqa: E402
+from tests.train.model.test_dit import CONFIG_2B, random_dit  # noqa: E402
+from tests.train.model.test_packing import draw_clips, each_alone, mean_loss  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 HEAD_DIM = 64

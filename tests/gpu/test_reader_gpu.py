@@ -9,10 +9,10 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from mimir_train.batch import BatchLoader, find_layout  # noqa: E402
-from mimir_train.batch_memory import BatchMemory  # noqa: E402
 from mimir_train.cache_reader import open_cache  # noqa: E402
-from mimir_train.order import TrainingOrder  # noqa: E402
-from mimir_train.step_reader import ReadOptions  # noqa: E402
+from mimir_train.order.clip_order import TrainingOrder  # noqa: E402
+from mimir_train.reading.batch_memory import BatchMemory  # noqa: E402
+from mimir_train.reading.step_reader import ReadOptions  # noqa: E402
 from tests.train.caches import VIDEO, build_cache  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)

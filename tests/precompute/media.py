@@ -16,10 +16,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from mimir_precompute.clips import read_clip
+from mimir_precompute.clips.rejection import ClipRejected
 from mimir_precompute.config import Bucket, Geometry
-from mimir_precompute.frames import Pixels
-from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.decoding.clip_pixels import read_clip
+from mimir_precompute.decoding.frames import Pixels
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mimir_precompute.diff import compare_caches
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.inspection.diff import compare_caches
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import find_features
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders, tree
 from tests.precompute.test_pipeline import encode
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from mimir_precompute.gc import collect_garbage
-from mimir_precompute.lease import Leases
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.inspection.verify import verify_cache
+from mimir_precompute.workers.lease import Leases
 from mimir_shared import failpoints
 from mimir_shared.errors import CacheError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FeatureName
 from mimir_shared.layout import lease_name, second_lease_name
 from mimir_shared.manifest import write_record
-from mimir_shared.object_storage import ObjectStorage
-from mimir_shared.storage import LocalStorage
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.bucket import ObjectStorage
+from mimir_shared.storage.folder import LocalStorage
+from mimir_shared.storage.protocol import Storage
 from tests.buckets import QUICK, backdate, upload
 from tests.conftest import REPOSITORY
 from tests.programs import run

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from mimir_precompute.clip_list import read_clip_list
+from mimir_precompute.clips.clip_list import read_clip_list
+from mimir_precompute.inspection.status import read_status
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.status import read_status
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import CacheError, InputError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, read_index
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders, encode_fake, tree
 
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from mimir_precompute.encoders.base import EncoderInput
+from mimir_precompute.inspection.status import read_status
 from mimir_precompute.quarantine import read_ledger, refuse_mass_loss
 from mimir_precompute.shard_writer import check_tensors
-from mimir_precompute.status import read_status
 from mimir_shared.errors import MachineError
 from mimir_shared.feature_folder import FeatureSpec, find_features
 from mimir_shared.features import FeatureTensor, TensorSpec, float32_to_bf16_bits
 from mimir_shared.manifest import SampleRecord
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders, encode_fake, latents_specs
-from tests.precompute.test_cli import call
+from tests.precompute.cli.test_cli import call
 from tests.precompute.test_pipeline import captions_of, encode, write_captions
 
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from mimir_precompute import commands_remake
+from mimir_precompute.cli import commands_remake
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_precompute.pipeline import EncodeJob
-from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.remake import Remaking
 from mimir_precompute.repair import RepairOutcome, repair_cache
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import Plan
 from mimir_shared.snapshot import list_snapshots, read_index
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders, tree
-from tests.precompute.test_cli import call
+from tests.precompute.cli.test_cli import call
 from tests.precompute.test_pipeline import captions_of, encode
 from tests.precompute.test_retry import contents, only, retry, samples_of
 

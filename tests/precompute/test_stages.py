@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 
 from mimir_precompute import pipeline
-from mimir_precompute.clip_list import read_clip_list
-from mimir_precompute.clips import ClipPixels
+from mimir_precompute.clips.clip_list import read_clip_list
+from mimir_precompute.clips.rejection import ClipRejected
 from mimir_precompute.config import Bucket, Geometry
+from mimir_precompute.decoding.clip_pixels import ClipPixels
 from mimir_precompute.encoders.base import Encoded, Encoder, EncoderInput
+from mimir_precompute.inspection.status import read_status
 from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.prepare import Prepared, Ready, Rejected, in_batches
-from mimir_precompute.progress import Progress
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.rejection import ClipRejected
 from mimir_precompute.shard_writer import ShardWriter
-from mimir_precompute.status import read_status
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import PlannedClip, read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders, tree
 
 SOON_S = 30.0

@@ -14,10 +14,10 @@ from mimir_shared.process_identity import life_of, process_domain
 _PROGRAM = """
 import ctypes, subprocess, sys, threading
 from pathlib import Path
-from mimir_precompute.lease import Leases
+from mimir_precompute.workers.lease import Leases
 from mimir_precompute.termination import when_stopped, working_on
 from mimir_shared.layout import lease_name
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 
 storage = LocalStorage(Path(sys.argv[1]))
 with working_on(storage):

@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from mimir_precompute.verify import verify_cache
+from mimir_precompute.inspection.verify import verify_cache
 from mimir_shared.feature_folder import find_features
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.conftest import REPOSITORY
 
 TINY = REPOSITORY / "manifests" / "tiny"

@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
-from mimir_precompute.cli import app as precompute_app
-from mimir_train.cli import app as train_app
+from mimir_precompute.cli.app import app as precompute_app
+from mimir_train.cli.app import app as train_app
 from tests.conftest import REPOSITORY
 from tests.programs import BIN, environment
 

@@ -18,7 +18,7 @@ from mimir_shared.manifest import (
     write_record,
 )
 from mimir_shared.shard_files import ShardFiles
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 
 
 @dataclass(frozen=True, kw_only=True)

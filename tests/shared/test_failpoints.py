@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 from mimir_shared import failpoints
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.conftest import REPOSITORY
 
 

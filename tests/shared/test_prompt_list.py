@@ -7,7 +7,7 @@ import pytest
 
 from mimir_shared.errors import InputError
 from mimir_shared.prompt_list import prompts_from_texts, read_prompts
-from mimir_train.video_name import video_name
+from mimir_train.sampling.video_name import video_name
 
 
 def written(path: Path, text: str) -> Path:

@@ -24,7 +24,7 @@ from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import PlannedClip, PlanSettings, read_plan, write_plan
 from mimir_shared.sealed import write_sealed_tensors
 from mimir_shared.snapshot import write_snapshot
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from mimir_train.cache_reader import Cache
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import Document, nest, overlay, train_config
@@ -242,7 +242,7 @@ def tiny_config(cache: Path, run: Path, **settings: object) -> TrainConfig:
 
 def resumed_config(run: Path, resume: str = "latest", **settings: object) -> TrainConfig:
     """The settings with which a run goes on: its own, and `settings` over them."""
-    from mimir_train.commands import RunRequest, build_config  # torch comes with it
+    from mimir_train.cli.commands import RunRequest, build_config  # torch comes with it
 
     flags = {name.replace("__", "."): value for name, value in settings.items()}
     return build_config(

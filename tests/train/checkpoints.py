@@ -8,12 +8,12 @@ import torch
 from safetensors import safe_open
 
 from mimir_shared.plain_documents import parse_json
-from mimir_train.checkpoint import CheckpointInfo, FileDigest
-from mimir_train.checkpoint_parts import ModelPart
-from mimir_train.checkpoint_saver import CheckpointSaver, Kept
-from mimir_train.checkpoint_storage import PIECES
-from mimir_train.launch import Place
-from mimir_train.parallel import Parallel
+from mimir_train.checkpoint.folder import CheckpointInfo, FileDigest
+from mimir_train.checkpoint.parts import ModelPart
+from mimir_train.checkpoint.saver import CheckpointSaver, Kept
+from mimir_train.checkpoint.storage import PIECES
+from mimir_train.parallel.launch import Place
+from mimir_train.parallel.processes import Parallel
 
 ALONE = Parallel(place=Place(), device=torch.device("cpu"))
 

@@ -24,16 +24,16 @@ from mimir_precompute.identity import feature_identity, resolve_models
 from mimir_shared.command_line import make_app
 from mimir_shared.features import FEATURES
 from mimir_shared.fingerprint import fingerprint
-from mimir_train.checkpoint import EMA, MODEL, CheckpointInfo, LoraRecord
-from mimir_train.checkpoint_parts import ModelPart
-from mimir_train.checkpoint_saver import CheckpointSaver, Kept
-from mimir_train.cli_sample import add_commands
+from mimir_train.checkpoint.folder import EMA, MODEL, CheckpointInfo, LoraRecord
+from mimir_train.checkpoint.parts import ModelPart
+from mimir_train.checkpoint.saver import CheckpointSaver, Kept
+from mimir_train.cli.sample import add_commands
 from mimir_train.config_document import to_document
-from mimir_train.launch import Place
 from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig, FuserName
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
-from mimir_train.parallel import Parallel
+from mimir_train.parallel.launch import Place
+from mimir_train.parallel.processes import Parallel
 from mimir_train.trained_model import TrainedModel
 
 BUCKETS = ("1x32x48", "9x32x48")

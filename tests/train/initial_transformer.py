@@ -7,7 +7,7 @@ import torch
 
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
-from mimir_train.transformer_folder import save_transformer
+from mimir_train.weights.transformer_folder import save_transformer
 from tests.train.caches import CHANNELS, HEIGHT, T5_ROWS, T5_WIDTH, WIDTH
 
 CONFIG = DiTConfig(

@@ -9,7 +9,6 @@ import torch
 
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
-from mimir_train.answer_variants import VariantChoice
 from mimir_train.batch import (
     BatchLoader,
     FeatureLayout,
@@ -24,8 +23,9 @@ from mimir_train.batch import (
 )
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.config import AnswerVariant
-from mimir_train.order import TrainingOrder
-from mimir_train.step_reader import ReadOptions
+from mimir_train.order.answer_variants import VariantChoice
+from mimir_train.order.clip_order import TrainingOrder
+from mimir_train.reading.step_reader import ReadOptions
 from tests.train.caches import (
     CHANNELS,
     LLM_WIDTH,

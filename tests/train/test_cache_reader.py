@@ -8,11 +8,11 @@ import pytest
 
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.feature_folder import find_features
-from mimir_shared.open_files import OpenFiles
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, write_snapshot
 from mimir_shared.snapshot_reader import open_snapshot
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
+from mimir_shared.storage.open_files import OpenFiles
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
 from tests.train.caches import IMAGE, VIDEO, build_cache, flipped_byte, make_feature
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mimir_shared.errors import InputError
-from mimir_train.commands import RunRequest, build_config, parse_features, parse_names
+from mimir_train.cli.commands import RunRequest, build_config, parse_features, parse_names
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import (
     nest,

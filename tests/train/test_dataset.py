@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from mimir_shared.errors import CacheError, InputError
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.dataset import Batch
-from mimir_train.step_reader import ReadOptions
+from mimir_train.reading.step_reader import ReadOptions
 from tests.train.caches import IMAGE, VIDEO, build_cache, flipped_byte, place_of
 from tests.train.naive_reader import bits, read_cache, stack
 

@@ -10,16 +10,16 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from safetensors.torch import load_file
 
 from mimir_shared.errors import CacheError, InputError
-from mimir_train.adapter_base import record_adapters
+from mimir_train.checkpoint.adapter_base import record_adapters
 from mimir_train.config import LoraConfig
 from mimir_train.export import ExportRequest, export_checkpoint
-from mimir_train.fuser_folder import load_fuser
-from mimir_train.lora import WEIGHTS_NAME, adapter_parameters, add_adapters, merge_adapters
 from mimir_train.objective import shifted_zero_snr_alphas
 from mimir_train.trained_model import TrainedModel
-from mimir_train.transformer_folder import load_transformer, save_transformer
+from mimir_train.weights.fuser_folder import load_fuser
+from mimir_train.weights.lora import WEIGHTS_NAME, adapter_parameters, add_adapters, merge_adapters
+from mimir_train.weights.transformer_folder import load_transformer, save_transformer
 from tests.train.hand_made_checkpoint import T5_ROWS, flip_last_bit, identities, random_model, write_checkpoint
-from tests.train.test_lora import NEEDS_PEFT
+from tests.train.weights.test_lora import NEEDS_PEFT
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from mimir_train.loop import train
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
 from mimir_train.presets import preset_document
-from mimir_train.transformer_folder import save_transformer
+from mimir_train.weights.transformer_folder import save_transformer
 from tests.train import caches
 from tests.train.caches import CHANNELS, T5_ROWS, T5_WIDTH, build_cache, tiny_config
 

@@ -15,13 +15,13 @@ from mimir_precompute.encoders.base import Encoded
 from mimir_shared.errors import CacheError, InputError, NonFiniteLossError
 from mimir_shared.fingerprint import differences
 from mimir_train.cache_reader import open_cache
-from mimir_train.checkpoint import read_checkpoint_info
+from mimir_train.checkpoint.folder import read_checkpoint_info
 from mimir_train.config_document import train_config
 from mimir_train.loop import TrainOutcome, train
 from mimir_train.model.config import DiTConfig
 from mimir_train.model.dit import DiT
-from mimir_train.order import TrainingOrder
-from mimir_train.transformer_folder import save_transformer
+from mimir_train.order.clip_order import TrainingOrder
+from mimir_train.weights.transformer_folder import save_transformer
 from tests.train.caches import (
     CHANNELS,
     IMAGE,

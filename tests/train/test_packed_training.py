@@ -15,15 +15,15 @@ import torch
 from mimir_precompute.encoders.base import Encoded
 from mimir_shared.errors import InputError, NonFiniteLossError
 from mimir_train.batch import BatchLoader, TrainingBatch, find_layout, read_batch
-from mimir_train.build_order import tokens_of_clips
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.loop import train
+from mimir_train.metrics.step_report import RankLoad, RankReport, StepReport, exchange, refuse_non_finite
 from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig
 from mimir_train.model.fuser import TokenFuser
 from mimir_train.objective import NoiseSchedule
-from mimir_train.packs import PackedOrder
-from mimir_train.step_reader import ReadOptions
-from mimir_train.step_report import RankLoad, RankReport, StepReport, exchange, refuse_non_finite
+from mimir_train.order.build import tokens_of_clips
+from mimir_train.order.packs import PackedOrder
+from mimir_train.reading.step_reader import ReadOptions
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
 from tests.train.caches import (
     CHANNELS,
@@ -40,10 +40,10 @@ from tests.train.caches import (
     resumed_config,
     tiny_config,
 )  # fmt: skip
+from tests.train.cli.test_train_cli import call
+from tests.train.model.test_dit import CONFIG_2B, CONFIG_5B, random_dit
 from tests.train.ranks import train_on_ranks
-from tests.train.test_dit import CONFIG_2B, CONFIG_5B, random_dit
 from tests.train.test_loop import saved_by
-from tests.train.test_train_cli import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,13 +16,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from mimir_train.cache_reader import Cache, open_cache
+from mimir_train.checkpoint.opened import open_checkpoint
 from mimir_train.config import TrainConfig
 from mimir_train.dataset import Batch
 from mimir_train.loop import train
 from mimir_train.model.fuser import LlmFeatures, TokenFuser
 from mimir_train.objective import keyed_normal, sample_text_dropout, sample_timesteps
-from mimir_train.open_checkpoint import open_checkpoint
-from mimir_train.step_reader import ReadOptions
+from mimir_train.reading.step_reader import ReadOptions
 from tests.train.caches import NUM_INSTRUCTIONS, T5_ROWS, losses_of, tiny_config
 from tests.train.initial_transformer import write_transformer
 

@@ -1,5 +1,5 @@
 """`python -m mimir_train`, as torchrun starts it."""
 
-from mimir_train.cli import main
+from mimir_train.cli.app import main
 
 main()

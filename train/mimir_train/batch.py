@@ -14,16 +14,16 @@ from torch import Tensor
 from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError
 from mimir_shared.features import FeatureTensor
-from mimir_train.answer_variants import VariantChoice
-from mimir_train.bad_samples import clip_at
-from mimir_train.batch_reader import BatchReader, HostBatch, TensorRequest
 from mimir_train.cache_reader import Cache
 from mimir_train.config import TextAlign
-from mimir_train.device_copy import copied_ahead
 from mimir_train.model.fuser import LlmFeatures
 from mimir_train.objective import TextFeatures
-from mimir_train.order import PACKED, ClipOrder
-from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
+from mimir_train.order.answer_variants import VariantChoice
+from mimir_train.order.clip_order import PACKED, ClipOrder
+from mimir_train.reading.bad_samples import clip_at
+from mimir_train.reading.batch_reader import BatchReader, HostBatch, TensorRequest
+from mimir_train.reading.device_copy import copied_ahead
+from mimir_train.reading.step_reader import ReadOptions, StepBatch, StepReader
 from mimir_train.tensors import to_tensor
 from mimir_train.text_alignment import align_by_characters
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from mimir_shared.features import FeatureName
-from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
 from mimir_shared.snapshot_reader import SnapshotReader, find_snapshot
+from mimir_shared.storage.open import DEFAULT_LOCAL_CACHE_GB
 from mimir_shared.wording import noun_for
-from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK, BucketShards, ClipPlace
+from mimir_train.order.clip_order import DEFAULT_SHARDS_PER_BLOCK, BucketShards, ClipPlace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mimir_train.dataset import CacheDataset
-    from mimir_train.step_reader import ReadOptions
+    from mimir_train.reading.step_reader import ReadOptions
 
 NEEDED: Final[tuple[FeatureName, ...]] = ("latents", "t5")
 """Without these there is nothing to train on; `llm` is needed by some fusers only."""
@@ -86,7 +86,7 @@ class Cache(SnapshotReader):
         Raises: InputError where rank, batch and world size do not fit.
         """
         from mimir_train.dataset import build_dataset
-        from mimir_train.step_reader import ReadOptions
+        from mimir_train.reading.step_reader import ReadOptions
 
         return build_dataset(
             self, global_batch_size=global_batch_size, seed=seed, rank=rank, world_size=world_size,

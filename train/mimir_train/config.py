@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mimir_shared.errors import InputError
-from mimir_shared.open_storage import DEFAULT_LOCAL_CACHE_GB
+from mimir_shared.storage.open import DEFAULT_LOCAL_CACHE_GB
 from mimir_train.ema_profile import EmaProfile, parse_profile
 from mimir_train.model.config import FUSERS, AttentionName, DiTConfig, FuserName
-from mimir_train.order import DEFAULT_SHARDS_PER_BLOCK
+from mimir_train.order.clip_order import DEFAULT_SHARDS_PER_BLOCK
 
 VerifyReads = Literal["always", "first-epoch", "never"]
 OnBadSample = Literal["error", "substitute"]

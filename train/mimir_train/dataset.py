@@ -13,10 +13,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mimir_shared.errors import InputError
 from mimir_shared.features import FeatureName
-from mimir_train.batch_reader import TensorRequest
 from mimir_train.cache_reader import Cache
-from mimir_train.order import TrainingOrder, check_batch_sizes
-from mimir_train.step_reader import ReadOptions, StepBatch, StepReader
+from mimir_train.order.clip_order import TrainingOrder, check_batch_sizes
+from mimir_train.reading.batch_reader import TensorRequest
+from mimir_train.reading.step_reader import ReadOptions, StepBatch, StepReader
 
 Batch = dict[str, Tensor | list[str] | int | str]
 """name → tensor (B, …), and of tensors that may be padded name_lengths → (B,); keys, captions, bucket, step, epoch."""

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from mimir_shared.errors import InputError
-from mimir_shared.storage import machine_faults
-from mimir_train.adapter_base import lora_config
-from mimir_train.checkpoint import LoraRecord
-from mimir_train.fuser_folder import save_fuser
-from mimir_train.lora import WEIGHTS_NAME, save_adapters
-from mimir_train.open_checkpoint import OpenCheckpoint, open_checkpoint
-from mimir_train.sampling_choices import ExportDType, SchedulerName
-from mimir_train.schedulers import build_scheduler
-from mimir_train.transformer_folder import save_transformer
+from mimir_shared.storage.folder import machine_faults
+from mimir_train.checkpoint.adapter_base import lora_config
+from mimir_train.checkpoint.folder import LoraRecord
+from mimir_train.checkpoint.opened import OpenCheckpoint, open_checkpoint
+from mimir_train.sampling.choices import ExportDType, SchedulerName
+from mimir_train.sampling.schedulers import build_scheduler
+from mimir_train.weights.fuser_folder import save_fuser
+from mimir_train.weights.lora import WEIGHTS_NAME, save_adapters
+from mimir_train.weights.transformer_folder import save_transformer
 
 
 @dataclass(frozen=True, kw_only=True)

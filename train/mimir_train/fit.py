@@ -11,11 +11,11 @@ from mimir_shared.wording import noun_for
 from mimir_train.batch import FeatureLayout, batch_requests, find_layout, read_empty_text
 from mimir_train.cache_reader import Cache
 from mimir_train.config import SCRATCH, ModelConfig, TrainConfig
-from mimir_train.held_out import held_out_shards
-from mimir_train.initial_transformer import InitialTransformer, find_initial_transformer, is_hub_id
 from mimir_train.model.config import FUSERS, DiTConfig, FuserConfig
 from mimir_train.objective import TextFeatures
+from mimir_train.order.held_out import held_out_shards
 from mimir_train.presets import PRESETS, VAE_SCALING_FACTORS
+from mimir_train.weights.initial_transformer import InitialTransformer, find_initial_transformer, is_hub_id
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mimir_shared.errors import CacheError
 from mimir_shared.plain_documents import parse_json
-from mimir_shared.storage import machine_faults
+from mimir_shared.storage.folder import machine_faults
 
 Line = dict[str, Any]
 """What `json` reads; the library gives it no type."""

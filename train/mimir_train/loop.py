@@ -18,35 +18,35 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mimir_train.answer_variants import VariantChoice
 from mimir_train.attention_choice import check_attention
-from mimir_train.bad_samples import BadSampleLog
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step
-from mimir_train.build_model import build_model
-from mimir_train.build_order import build_order, order_settings
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
-from mimir_train.checkpoint import MODEL, OPTIMIZER, RANDOM, ema_part
-from mimir_train.checkpoint_parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart, trained_parameters
-from mimir_train.checkpoint_saver import CheckpointSaver, Kept
+from mimir_train.checkpoint.folder import MODEL, OPTIMIZER, RANDOM, ema_part
+from mimir_train.checkpoint.parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart, trained_parameters
+from mimir_train.checkpoint.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint
+from mimir_train.checkpoint.saver import CheckpointSaver, Kept
 from mimir_train.config import TrainConfig
-from mimir_train.ema import EmaWeights
 from mimir_train.fit import FittedRun, describe_fit, fit
 from mimir_train.learning_rate import describe_rates, rate_factor
-from mimir_train.metrics import check_reporters, open_metrics
+from mimir_train.metrics.sinks import check_reporters, open_metrics
+from mimir_train.metrics.spikes import SpikeWatch
+from mimir_train.metrics.step_figures import StepMeter, fuser_figures
+from mimir_train.metrics.step_report import RankReport, exchange, refuse_non_finite
 from mimir_train.objective import NoiseSchedule
 from mimir_train.optimizer import build_optimizer, set_rates
-from mimir_train.order import ClipOrder
-from mimir_train.parallel import Parallel, peer_faults, start_parallel
-from mimir_train.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint
+from mimir_train.order.answer_variants import VariantChoice
+from mimir_train.order.build import build_order, order_settings
+from mimir_train.order.clip_order import ClipOrder
+from mimir_train.parallel.processes import Parallel, peer_faults, start_parallel
+from mimir_train.parallel.sharding import Sharing, average_gradients, clip_gradients
+from mimir_train.reading.bad_samples import BadSampleLog
+from mimir_train.reading.step_reader import ReadOptions
 from mimir_train.run_folder import BAD_SAMPLES_NAME, RunFolder, open_run
-from mimir_train.sharding import Sharing, average_gradients, clip_gradients
-from mimir_train.spikes import SpikeWatch
-from mimir_train.step_figures import StepMeter, fuser_figures
-from mimir_train.step_reader import ReadOptions
-from mimir_train.step_report import RankReport, exchange, refuse_non_finite
 from mimir_train.trained_model import Objective, TrainedModel, clip_losses
-from mimir_train.validation import ValidationSet, find_validation_set, validate
-from mimir_train.validation_samples import write_validation_samples
+from mimir_train.validation.loss import ValidationSet, find_validation_set, validate
+from mimir_train.validation.samples import write_validation_samples
+from mimir_train.weights.build_model import build_model
+from mimir_train.weights.ema import EmaWeights
 
 
 @dataclass(frozen=True, kw_only=True)

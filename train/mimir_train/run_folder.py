@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from mimir_shared.errors import CacheError, InputError
-from mimir_shared.storage import machine_faults
-from mimir_train.checkpoint import (
+from mimir_shared.storage.folder import machine_faults
+from mimir_train.checkpoint.folder import (
     CHECKPOINTS,
     check_checkpoint,
     find_checkpoint,

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mimir_precompute.clips.rejection import ClipRejected
 from mimir_precompute.encoders.base import Encoded
-from mimir_precompute.rejection import ClipRejected
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.clips.rejection import ClipRejected
 from mimir_shared.features import FeatureTensor
 
 JsonValue = Any

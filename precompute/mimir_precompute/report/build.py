@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from mimir_precompute.inspection.status import read_status
 from mimir_precompute.report.channels import channel_figures, drift_figure, shards_unlike_others, value_rows
 from mimir_precompute.report.facts import collect_facts
 from mimir_precompute.report.gallery import LatentDecoder, gallery_cards
@@ -11,11 +12,10 @@ from mimir_precompute.report.quarantine import quarantine_reasons, read_quaranti
 from mimir_precompute.report.samples import SampleReader
 from mimir_precompute.report.scan import choose_features, scan_cache
 from mimir_precompute.report.sources import FrameDecoder, SourceFrames
-from mimir_precompute.status import read_status
 from mimir_shared.page.render import render_page
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
 

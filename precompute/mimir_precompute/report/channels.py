@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mimir_precompute.inspection.stats import ShardDrift, read_statistics
 from mimir_precompute.report.scan import CacheScan
-from mimir_precompute.stats import ShardDrift, read_statistics
 from mimir_shared.features import FEATURES
 from mimir_shared.manifest import TensorStatistics
 from mimir_shared.page.charts import LineChart, Series, Spread, SpreadChart, line_chart, spread_chart
 from mimir_shared.statistics import merge_statistics
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mimir_precompute.config import DecodeLimits
-from mimir_precompute.decode_sandbox import DecodeSandbox
+from mimir_precompute.decoding.sandbox import DecodeSandbox
 from mimir_precompute.option_values import parse_feature_choices
 from mimir_precompute.report.build import build_report
 from mimir_precompute.report.gallery import LatentDecoder
 from mimir_precompute.report.scan import choose_features
 from mimir_shared.errors import InputError, MachineError
-from mimir_shared.open_storage import open_storage
-from mimir_shared.storage import machine_faults
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.folder import machine_faults
+from mimir_shared.storage.open import open_storage
+from mimir_shared.storage.protocol import Storage
 
 _TIMEOUT_S = 20.0
 """For one source clip: a page is worth less patience than a cache."""
@@ -74,8 +74,8 @@ def _load_decoder(
     if latents is None:
         return None  # the page says that there are none
     from mimir_precompute.config import ModelOptions
-    from mimir_precompute.decode_latents import load_decoder
     from mimir_precompute.device import choose_device
+    from mimir_precompute.inspection.latent_decoder import load_decoder
     from mimir_precompute.model_options import model_source
 
     source = model_source(ModelOptions(models=models, vae=vae), None, "vae", True)

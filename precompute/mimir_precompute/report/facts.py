@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mimir_precompute.inspection.status import CacheStatus, FeatureStatus
 from mimir_precompute.quarantine import QuarantinedClip
 from mimir_precompute.report.scan import CacheScan
-from mimir_precompute.status import CacheStatus, FeatureStatus
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 Json = Any
 """A value of an identity; `json` gives it no type."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mimir_precompute.clips.rejection import ClipRejected
 from mimir_precompute.config import Bucket
-from mimir_precompute.inspect_clip import posterior_mean
-from mimir_precompute.rejection import ClipRejected
+from mimir_precompute.inspection.find_clip import posterior_mean
 from mimir_precompute.report.false_colours import fit_colours
 from mimir_precompute.report.samples import ClipSample, SampleReader
 from mimir_precompute.report.scan import CacheScan, spread_evenly

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mimir_precompute.clips.rejection import UNTRIED_STAGES, ClipRejected
 from mimir_precompute.quarantine import QuarantinedClip, feature_ledger
-from mimir_precompute.rejection import UNTRIED_STAGES, ClipRejected
 from mimir_precompute.report.scan import spread_evenly
 from mimir_precompute.report.sources import SourceFrames
 from mimir_shared.errors import MachineError

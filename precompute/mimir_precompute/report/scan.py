@@ -10,7 +10,7 @@ from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.manifest import CommitRecord, SampleRecord, TensorStatistics
 from mimir_shared.plan_file import Plan, PlannedClip
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 T = TypeVar("T")
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Protocol
 
-from mimir_precompute.clip_fetch import ClipFetcher
-from mimir_precompute.clips import ClipDecoder, ClipPixels
+from mimir_precompute.clips.fetch import ClipFetcher
 from mimir_precompute.config import Bucket, Geometry
-from mimir_precompute.frames import Pixels
-from mimir_precompute.plan import geometry_of
+from mimir_precompute.decoding.clip_pixels import ClipDecoder, ClipPixels
+from mimir_precompute.decoding.frames import Pixels
+from mimir_precompute.planning.plan import geometry_of
 from mimir_shared.plan_file import PlannedClip, PlanSettings
 
 

@@ -14,15 +14,15 @@ from mimir_precompute.encoders.build import build_encoder
 from mimir_precompute.identity import FeatureModels, resolve_models
 from mimir_precompute.model_options import encode_settings
 from mimir_precompute.presets import find_preset
-from mimir_precompute.progress import Progress
 from mimir_precompute.volatility.fusing import FusingWeights, load_weights, untrained_weights
 from mimir_precompute.volatility.measure import PromptStates, fuse_prompts, read_states, summarise
 from mimir_precompute.volatility.pictures import draw, require_sklearn
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.errors import InputError
 from mimir_shared.features import FeatureName
 from mimir_shared.page.render import render_page
 from mimir_shared.prompt_list import read_prompts
-from mimir_shared.storage import machine_faults
+from mimir_shared.storage.folder import machine_faults
 
 _FEATURES: tuple[FeatureName, ...] = ("t5", "answers", "llm")
 _TEMPLATE = Path(__file__).parent / "volatility.html.j2"

@@ -8,7 +8,7 @@ from mimir_shared.formats.shard_format import NewFile, ShardFormat
 from mimir_shared.formats.webdataset import WebDatasetWriter
 from mimir_shared.formats.zarr import ZarrWriter
 from mimir_shared.manifest import CacheFormat
-from mimir_shared.storage_protocol import Storage
+from mimir_shared.storage.protocol import Storage
 
 _WRITERS: Final[dict[CacheFormat, Callable[[int, NewFile], ShardFormat]]] = {
     "webdataset": WebDatasetWriter,

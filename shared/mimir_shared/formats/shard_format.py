@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from mimir_shared.features import FeatureTensor, TensorSpec
 from mimir_shared.manifest import DataFile, StoredSample
-from mimir_shared.storage import TemporaryFile
+from mimir_shared.storage.folder import TemporaryFile
 
 NewFile = Callable[[], TemporaryFile]
 """Gives a new temporary file, which is gone when the shard's writing ends."""

@@ -17,7 +17,7 @@ from mimir_shared.formats.shard_format import HashingFile, NewFile, WrittenShard
 from mimir_shared.layout import data_name, sample_stem
 from mimir_shared.manifest import StoredSample
 from mimir_shared.safetensors_bytes import TensorPlace, read_header, tensors_to_safetensors
-from mimir_shared.storage import TemporaryFile
+from mimir_shared.storage.folder import TemporaryFile
 
 ENDING = "tar"
 

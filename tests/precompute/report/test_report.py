@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mimir_precompute.clip_list import read_clip_list
-from mimir_precompute.clips import DecodeInProcess
-from mimir_precompute.plan import PlanRequest, update_plan
+from mimir_precompute.clips.clip_list import read_clip_list
+from mimir_precompute.decoding.clip_pixels import DecodeInProcess
+from mimir_precompute.inspection.stats import ShardDrift, ShardStatistics
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.report.build import build_report
 from mimir_precompute.report.command import run_report
 from mimir_precompute.report.gallery import LatentDecoder
-from mimir_precompute.stats import ShardDrift, ShardStatistics
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.fake_encoders import FakeEncoders, tree
 from tests.pages import Outline, visit_page
 from tests.precompute import media
@@ -240,7 +240,7 @@ def test_shards_that_stats_blames_are_told(cache: Path, page: str, monkeypatch: 
                        measure="std", value=9.0, others=1.0, score=50.0, limit=7.0)
         ] if feature == "latents" else []  # fmt: skip
 
-    monkeypatch.setattr("mimir_precompute.stats.find_drifts", blame)
+    monkeypatch.setattr("mimir_precompute.inspection.stats.find_drifts", blame)
     text = text_of(page_of(cache, latents=latents))
     assert "1 finding of shards that differ from the others by more than chance allows." in text
     assert "latents, shard 2: std of vae_moments , channel 3, is 9.000, elsewhere 1.000" in text

@@ -6,22 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mimir_precompute.clip_list import read_clip_list
+from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.config import DecodeLimits, TeamOptions
-from mimir_precompute.decode_sandbox import DecodeSandbox
-from mimir_precompute.encode_team import Starter, choose_team, encode_together
-from mimir_precompute.local_workers import LocalWorker
+from mimir_precompute.decoding.sandbox import DecodeSandbox
 from mimir_precompute.pipeline import EncodeOutcome, encode_cache
-from mimir_precompute.plan import PlanRequest, update_plan
-from mimir_precompute.progress import Progress
+from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
-from mimir_precompute.team_view import TeamView
+from mimir_precompute.team.encode_team import Starter, choose_team, encode_together
+from mimir_precompute.team.local_workers import LocalWorker
+from mimir_precompute.team.view import TeamView
+from mimir_precompute.team.worker_task import WorkerTask, make_job
 from mimir_precompute.termination import working_on
-from mimir_precompute.worker_task import WorkerTask, make_job
+from mimir_precompute.workers.progress import Progress
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.plan_file import read_plan
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.precompute.team.fake_worker import Misfortune, UnluckyEncoders
 
 FAKE_WORKER = ("-m", "tests.precompute.team.fake_worker")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mimir_precompute.config import ModelOptions
 from mimir_precompute.encoders.base import Encoded, Encoder, EncoderInput
-from mimir_precompute.worker_process import main
+from mimir_precompute.team.worker_process import main
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.features import FeatureName
 from mimir_shared.plan_file import Plan

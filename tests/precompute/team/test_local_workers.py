@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mimir_precompute.pipeline import EncodeOutcome
-from mimir_precompute.workers import read_workers
+from mimir_precompute.workers.seen import read_workers
 from mimir_shared.errors import CacheError, MachineError
 from mimir_shared.manifest import CacheFormat
 from mimir_shared.process_identity import life_of
-from mimir_shared.storage import LocalStorage
+from mimir_shared.storage.folder import LocalStorage
 from tests.faults.workers import TEXT, end_of, make_clips, start
 from tests.faults.workers import compared as contents
 from tests.precompute.team.fake_team import count_records, encode_with, plan_clips, wait_for

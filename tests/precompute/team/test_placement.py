@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from mimir_precompute.placement import features_of, parse_placement, share_decoders
+from mimir_precompute.team.placement import features_of, parse_placement, share_decoders
 from mimir_shared.errors import InputError
 from mimir_shared.features import DEPENDENCIES, FEATURES
 

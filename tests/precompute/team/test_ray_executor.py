@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mimir_precompute.config import TeamOptions
-from mimir_precompute.encode_team import choose_team
 from mimir_precompute.pipeline import EncodeOutcome
-from mimir_precompute.ray_executor import RayCluster, connect
+from mimir_precompute.team.encode_team import choose_team
+from mimir_precompute.team.ray_executor import RayCluster, connect
 from mimir_shared.errors import CacheError, InputError
 from mimir_shared.manifest import CacheFormat
 from tests.conftest import REPOSITORY

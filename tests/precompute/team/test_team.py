@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mimir_precompute import team
 from mimir_precompute.config import DecodeLimits, ModelOptions
 from mimir_precompute.pipeline import FeatureOutcome
-from mimir_precompute.team import Ending, Team, WorkerBugError
-from mimir_precompute.worker_task import WorkerTask
+from mimir_precompute.team import team
+from mimir_precompute.team.team import Ending, Team, WorkerBugError
+from mimir_precompute.team.worker_task import WorkerTask
 from mimir_shared.errors import CacheError, InputError, MachineError, TooManyQuarantinedError
 from mimir_shared.features import FeatureName
 

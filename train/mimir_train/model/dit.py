@@ -1,7 +1,7 @@
 """The video diffusion transformer (DiT) of CogVideoX 1.0, 2B and 5B, in plain torch.
 
 Latents are (B, C, T, h, w) here, as they are cached; diffusers' model takes (B, T, C, h, w).
-Weights in a folder are read and written by `mimir_train.transformer_folder`.
+Weights in a folder are read and written by `mimir_train.weights.transformer_folder`.
 """
 
 import math

@@ -7,7 +7,7 @@ from typing import Final
 
 from mimir_shared.page.charts import LineChart, line_chart
 from mimir_shared.page.render import render_page
-from mimir_shared.storage import machine_faults
+from mimir_shared.storage.folder import machine_faults
 from mimir_shared.wording import describe_duration
 from mimir_train.plot.panels import DrawnGroup, Panel, panel_groups, smoothing_window
 from mimir_train.plot.pictures import write_pictures

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from mimir_shared.page.charts import NUM_COLOURS
 from mimir_shared.page.render import chart_colours
-from mimir_shared.storage import machine_faults
+from mimir_shared.storage.folder import machine_faults
 from mimir_train.plot.panels import DrawnGroup, Panel
 
 _COLUMNS: Final = 3

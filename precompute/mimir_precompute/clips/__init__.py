@@ -1,0 +1,1 @@
+"""The user's clips: listed, keyed, fetched, and opened safely. Nothing is decoded here."""

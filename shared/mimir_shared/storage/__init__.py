@@ -1,0 +1,1 @@
+"""Where a cache lies, a folder or a bucket, and how files appear in it: whole, or not at all."""

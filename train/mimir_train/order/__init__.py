@@ -1,0 +1,1 @@
+"""Which clips a step sees: pure functions of seed, epoch and number."""

@@ -1,0 +1,1 @@
+"""Clips that are held out: their loss, and samples from their text."""

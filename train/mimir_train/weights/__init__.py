@@ -1,0 +1,1 @@
+"""Where weights come from and go to: folders, the hub, averages, adapters."""
