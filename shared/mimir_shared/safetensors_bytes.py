@@ -19,7 +19,11 @@ from mimir_shared.features import NUMPY_DTYPES, DType, FeatureTensor
 from mimir_shared.plain_documents import parse_json
 
 _NAMES: dict[str, str] = {"bf16": "BF16", "f16": "F16", "f32": "F32", "i32": "I32"}
-_ALIGNMENT = 8
+ALIGNMENT = 64
+"""Bytes that the place of a file's first tensor is a multiple of: a cache line. What begins at the same place of a line
+as the memory that it is read to is copied a quarter faster. The format itself asks for 8."""
+_LENGTH = struct.Struct("<Q")
+"""Of the header; it comes first."""
 _MAX_HEADER_BYTES = 100_000_000
 """The library's own limit: a longer header is refused, whatever its length field says."""
 
@@ -44,7 +48,7 @@ def stored_order(tensors: Mapping[str, FeatureTensor]) -> list[tuple[str, Featur
 
 
 def tensors_to_safetensors(tensors: Mapping[str, FeatureTensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The tensors in stored order, without gaps."""
+    """The tensors in stored order, without gaps; the first at a multiple of 64 bytes."""
     ordered = stored_order(tensors)
     header: dict[str, object] = {}
     if metadata:
@@ -59,30 +63,31 @@ def tensors_to_safetensors(tensors: Mapping[str, FeatureTensor], metadata: Mappi
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return b"".join([struct.pack("<Q", len(text)), text, *(tensor.array.tobytes() for _, tensor in ordered)])
+    text += b" " * (-(_LENGTH.size + len(text)) % ALIGNMENT)
+    return b"".join([_LENGTH.pack(len(text)), text, *(tensor.array.tobytes() for _, tensor in ordered)])
 
 
 def read_header(data: bytes, where: str) -> list[TensorPlace]:
     """The tensors of a file, in the order in which they lie. Raises CacheError for a bad header."""
     names = {value: key for key, value in _NAMES.items()}
     try:
-        (length,) = struct.unpack_from("<Q", data)
-        assert length <= min(_MAX_HEADER_BYTES, len(data) - 8), f"header of {length} bytes in a file of {len(data)}"
-        header = parse_json(data[8 : 8 + length])
+        (length,) = _LENGTH.unpack_from(data)
+        begin = _LENGTH.size
+        assert length <= min(_MAX_HEADER_BYTES, len(data) - begin), f"header of {length} bytes in a file of {len(data)}"
+        header = parse_json(data[begin : begin + length])
         places = []
         for name, entry in header.items():
             if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                numbers = (begin, end, *entry["shape"])
+                first, end = entry["data_offsets"]
+                numbers = (first, end, *entry["shape"])
                 assert all(type(number) is int and number >= 0 for number in numbers), f"{name!r} has {numbers}"
                 places.append(
                     TensorPlace(
                         name=name,
                         dtype=names[entry["dtype"]],  # type: ignore[arg-type]
                         shape=tuple(entry["shape"]),
-                        offset=8 + length + begin,
-                        nbytes=end - begin,
+                        offset=begin + length + first,
+                        nbytes=end - first,
                     )
                 )
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, struct.error) as fault:

@@ -1,8 +1,9 @@
 """Arrays of a zarr v3 group, written clip by clip as plain bytes.
 
-An array is one file: the sharding codec puts one chunk a clip behind the other, each followed by its crc32c, and the
-table of where they begin at the end. No compressor: a clip's tensor is one range of raw bytes. Written by hand
-because the library takes whole shards in memory; the tests read everything back with the library.
+An array is one file: the sharding codec puts one chunk a clip behind the other, each followed by its crc32c and by
+zeros up to the next cache line (safetensors_bytes.py says why), and the table of where they begin at the end. No
+compressor: a clip's tensor is one range of raw bytes. Written by hand because the library takes whole shards in memory;
+the tests read everything back with the library.
 """
 
 import json
@@ -15,6 +16,7 @@ import google_crc32c
 import numpy as np
 
 from mimir_shared.formats.shard_format import HashingFile, NewFile
+from mimir_shared.safetensors_bytes import ALIGNMENT
 
 METADATA: Final = "zarr.json"
 
@@ -91,7 +93,7 @@ class ArrayWriter:
             self._lengths.append(length)
         else:
             assert len(data) == self.chunk_bytes, f"{self.name}: {len(data)} bytes, expected {self.chunk_bytes}"
-            self._file.write(_with_checksum(data) if data else b"")
+            self._write_chunk(self._file, data)
             self._lengths.append(0)
 
     @property
@@ -106,7 +108,7 @@ class ArrayWriter:
 
     def offset(self, number: int) -> int:
         """Of the bytes of the clip that was appended as the `number`-th, in `data_name`, once finished."""
-        return number * (self.chunk_bytes + _CHECKSUM_BYTES) if self.chunk_bytes else 0
+        return number * self._stride if self.chunk_bytes else 0
 
     @property
     def data_name(self) -> str:
@@ -144,15 +146,23 @@ class ArrayWriter:
             for length in self._lengths:
                 data = unpadded.read(length * row_bytes)
                 assert len(data) == length * row_bytes, f"{self.name}: {len(data)} bytes for {length} rows"
-                padded.write(_with_checksum(data.ljust(self.chunk_bytes, b"\0")))
+                self._write_chunk(padded, data.ljust(self.chunk_bytes, b"\0"))
         return padded
+
+    def _write_chunk(self, file: HashingFile, data: bytes) -> None:
+        if data:
+            file.write(_with_checksum(data).ljust(self._stride, b"\0"))
+
+    @property
+    def _stride(self) -> int:
+        """Bytes from chunk to chunk."""
+        return -(-(self.chunk_bytes + _CHECKSUM_BYTES) // ALIGNMENT) * ALIGNMENT
 
     def _chunk_table(self) -> bytes:
         """(offset, bytes) of every chunk, as the sharding codec wants them."""
-        nbytes = self.chunk_bytes + _CHECKSUM_BYTES
         table = np.empty((len(self._lengths), 2), "<u8")
-        table[:, 0] = np.arange(len(self._lengths)) * nbytes
-        table[:, 1] = nbytes
+        table[:, 0] = np.arange(len(self._lengths)) * self._stride
+        table[:, 1] = self.chunk_bytes + _CHECKSUM_BYTES
         return _with_checksum(table.tobytes())
 
 

@@ -8,7 +8,6 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
@@ -16,13 +15,11 @@ from torch import Tensor
 
 from mimir_shared.feature_column import FeatureColumn, TensorColumn
 from mimir_shared.features import NUMPY_DTYPES, DType, FeatureName, FeatureTensor
+from mimir_shared.safetensors_bytes import ALIGNMENT
 from mimir_train.cache_reader import Cache
 from mimir_train.reading.batch_memory import BatchMemory
 from mimir_train.reading.threads import Job, ReaderThreads
 from mimir_train.tensors import to_tensor
-
-_ALIGNMENT: Final = 64
-"""Bytes that a tensor's first address is a multiple of: a cache line, and more than any kernel asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +221,7 @@ class _Scratch(threading.local):
 def _places(
     wanted: Sequence[tuple[TensorRequest, tuple[TensorColumn, ...]]], numbers: Sequence[int], variants: Sequence[int]
 ) -> list[_Place]:
-    """Cut a slot into the tensors of a batch."""
+    """Cut a slot into the tensors of a batch, each at the start of a cache line, as it lies in its file."""
     places = []
     end = 0
     rows_of_index = np.array(numbers)
@@ -253,7 +250,7 @@ def _places(
             lengths=lengths if is_padded else None,
             shapes=shapes if request.apart else None,
         )
-        end = -(-place.end // _ALIGNMENT) * _ALIGNMENT
+        end = -(-place.end // ALIGNMENT) * ALIGNMENT
         places.append(place)
     return places
 
@@ -262,4 +259,4 @@ def _bound(request: TensorRequest, columns: Sequence[TensorColumn]) -> int:
     """Bytes of a slot that one clip takes at most, for one tensor of a batch."""
     rows = max(*(int(column.shape[:, 0].max(initial=1)) for column in columns), request.num_rows or 1)
     inner = max(int(column.shape[:, 1:].prod(axis=1, dtype=np.int64).max(initial=1)) for column in columns)
-    return rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize + _ALIGNMENT
+    return rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize + ALIGNMENT
