@@ -38,8 +38,8 @@ from mimir_shared.manifest import CacheFormat
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.config import VerifyReads
 from mimir_train.order.clip_order import TrainingOrder
+from mimir_train.reading.batch_layout import TensorRequest
 from mimir_train.reading.batch_memory import BatchMemory
-from mimir_train.reading.batch_reader import TensorRequest
 from mimir_train.reading.step_reader import ReadOptions, StepReader
 
 BATCH_SIZE: Final = 4

@@ -7,6 +7,7 @@ the storage for bytes that lie together, and compares their hash.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -77,6 +78,10 @@ class FeatureColumn:
         self._clips = clips
         self.tensors = _tensor_columns(column, spec, clips.numbers_of_bucket, str(storage.root))
         self._xxh3 = column.field("xxh3").to_numpy(zero_copy_only=False)
+        self._is_one_range = bool(self.tensors) and all(
+            (one.file == two.file).all() and (one.offset + one.nbytes == two.offset).all()
+            for one, two in pairwise(self.tensors)
+        )
         self._checked_shards: set[int] = set()
         self._lock = threading.Lock()
 
@@ -136,6 +141,12 @@ class FeatureColumn:
 
     def _ranges(self, number: int, buffers: Sequence[memoryview]) -> list[_Range]:
         """Where the tensors of a clip lie; those that touch each other are one range."""
+        if self._is_one_range:
+            # as in tars: looked up once, for this is asked for every clip that is read
+            first, last = self.tensors[0], self.tensors[-1]
+            offset, end = first.offset.item(number), last.offset.item(number) + last.nbytes.item(number)
+            assert end - offset == sum(map(len, buffers)), f"clip number {number}: {end - offset} bytes for {buffers}"
+            return [_Range(first.file.item(number), offset, end, list(buffers))]
         ranges: list[_Range] = []
         for tensor, buffer in zip(self.tensors, buffers, strict=True):
             # `item` costs half as much as an index and a conversion, and this is asked for every tensor read

@@ -21,7 +21,8 @@ from mimir_train.objective import TextFeatures
 from mimir_train.order.answer_variants import VariantChoice
 from mimir_train.order.clip_order import PACKED, ClipOrder
 from mimir_train.reading.bad_samples import clip_at
-from mimir_train.reading.batch_reader import BatchReader, HostBatch, TensorRequest
+from mimir_train.reading.batch_layout import TensorRequest
+from mimir_train.reading.batch_reader import BatchReader, HostBatch
 from mimir_train.reading.device_copy import copied_ahead
 from mimir_train.reading.step_reader import ReadOptions, StepBatch, StepReader
 from mimir_train.tensors import to_tensor

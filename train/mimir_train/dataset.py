@@ -15,7 +15,7 @@ from mimir_shared.errors import InputError
 from mimir_shared.features import FeatureName
 from mimir_train.cache_reader import Cache
 from mimir_train.order.clip_order import TrainingOrder, check_batch_sizes
-from mimir_train.reading.batch_reader import TensorRequest
+from mimir_train.reading.batch_layout import TensorRequest
 from mimir_train.reading.step_reader import ReadOptions, StepBatch, StepReader
 
 Batch = dict[str, Tensor | list[str] | int | str]

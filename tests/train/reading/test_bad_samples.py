@@ -14,7 +14,7 @@ from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.loop import train
 from mimir_train.order.clip_order import TrainingOrder
 from mimir_train.reading.bad_samples import ALWAYS_ALLOWED, MAX_ATTEMPTS, BadSampleLog, find_bad_samples
-from mimir_train.reading.batch_reader import TensorRequest
+from mimir_train.reading.batch_layout import TensorRequest
 from mimir_train.reading.step_reader import ReadOptions, StepReader
 from tests.train.caches import (
     IMAGE,

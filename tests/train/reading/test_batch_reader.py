@@ -18,8 +18,9 @@ from mimir_shared.clip_table import Clip
 from mimir_shared.errors import CacheError, MachineError
 from mimir_train.cache_reader import Cache, open_cache
 from mimir_train.order.clip_order import TrainingOrder
+from mimir_train.reading.batch_layout import TensorRequest
 from mimir_train.reading.batch_memory import BatchMemory
-from mimir_train.reading.batch_reader import BatchReader, HostBatch, TensorRequest
+from mimir_train.reading.batch_reader import BatchReader, HostBatch
 from mimir_train.reading.step_reader import ReadOptions, StepBatch, StepReader
 from mimir_train.reading.threads import ReaderThreads
 from tests.train.caches import IMAGE, T5_ROWS, VIDEO, build_cache, flipped_byte

@@ -13,31 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimir_shared.feature_column import FeatureColumn, TensorColumn
-from mimir_shared.features import NUMPY_DTYPES, DType, FeatureName, FeatureTensor
-from mimir_shared.safetensors_bytes import ALIGNMENT
+from mimir_shared.feature_column import FeatureColumn
 from mimir_train.cache_reader import Cache
+from mimir_train.reading.batch_layout import BatchTensor, TensorRequest, lay_out, most_bytes
 from mimir_train.reading.batch_memory import BatchMemory
 from mimir_train.reading.threads import Job, ReaderThreads
-from mimir_train.tensors import to_tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorRequest:
-    """A tensor that a batch shall hold."""
-
-    feature: FeatureName
-    name: str
-    """In the batch; in the cache as well, unless there are `variants`."""
-    num_rows: int | None = None
-    """To pad the first dim to; None: as stored, and where it is ragged to the longest of the batch, at least 1."""
-    variants: tuple[str, ...] = ()
-    """Names in the cache, of which each clip's own variant is read."""
-    apart: bool = False
-    """Clips are of several sizes: each has a tensor of its own, and nothing is stacked or padded."""
-
-    def stored_name(self, variant: int) -> str:
-        return self.variants[variant] if self.variants else self.name
+from mimir_train.tensors import TORCH_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,38 +37,25 @@ class HostBatch:
         return torch.arange(self.tensors[name].shape[1]) < self.lengths[name][:, None]
 
 
-@dataclass(slots=True, kw_only=True)
-class _Place:
-    """Where a tensor of the batch lies in its slot. Not frozen, for a frozen one costs four times as much to make."""
-
-    request: TensorRequest
-    dtype: DType
-    shape: tuple[int, ...]
-    offset: int
-    stride: int
-    """Bytes from clip to clip."""
-    end: int
-    lengths: list[int] | None
-    """Rows of each clip; None for a tensor that is never padded."""
-    shapes: list[list[int]] | None
-    """Of each clip, where they lie apart: each at a multiple of the stride, and what is behind it is not looked at."""
+_Targets = tuple[tuple[FeatureColumn, tuple[int | None, ...]], ...]
+"""Of every feature that is read: the number in the batch of each of its stored tensors; None for what nobody wants."""
 
 
 class PendingBatch:
     """A batch that is being read: a Work of one part a clip."""
 
     def __init__(
-        self, columns: Sequence[FeatureColumn], places: Sequence[_Place], slot: np.ndarray, numbers: Sequence[int],
-        variants: Sequence[int], *, verify: bool, scratch: "_Scratch",
+        self, layout: Sequence[BatchTensor], targets: Sequence[_Targets], slot: np.ndarray, numbers: Sequence[int],
+        *, verify: bool, scratch: "_Scratch",
     ) -> None:  # fmt: skip
+        """
+        Args:
+            targets: of each clip.
+        """
         self.numbers = tuple(numbers)
         self.job: Job | None = None
-        self._columns = columns
-        self._places = places
-        self._variants = tuple(variants)
-        self._places_of_variant = {
-            variant: {place.request.stored_name(variant): place for place in places} for variant in set(variants)
-        }
+        self._layout = layout
+        self._targets = targets
         self._slot = slot
         self._memory = slot.data
         self._verify = verify
@@ -99,40 +67,40 @@ class PendingBatch:
 
     def do(self, part: int) -> None:
         number = self.numbers[part]
-        places = self._places_of_variant[self._variants[part]]
-        for column in self._columns:
+        for column, targets in self._targets[part]:
             buffers = []
             unwanted = 0
-            for tensor in column.tensors:
-                nbytes = tensor.nbytes.item(number)
-                place = places.get(tensor.name)
-                if place is None:
+            for place, target in enumerate(targets):
+                if target is None:
                     # read all the same: it lies between the others, and the hash is over all of them
+                    nbytes = column.tensors[place].nbytes.item(number)
                     buffers.append(self._scratch.take(unwanted, nbytes))
                     unwanted += nbytes
                     continue
-                start = place.offset + part * place.stride
-                buffers.append(self._memory[start : start + nbytes])
-                if nbytes < place.stride and place.shapes is None:
-                    self._slot[start + nbytes : start + place.stride] = 0
+                tensor = self._layout[target]
+                start = tensor.offset + part * tensor.stride
+                end = start + tensor.nbytes[part]
+                buffers.append(self._memory[start:end])
+                if end < start + tensor.stride and tensor.shapes is None:
+                    self._slot[end : start + tensor.stride] = 0
             column.read_into(number, buffers, verify=self._verify)
 
     def tensors(self) -> HostBatch:
         """Views of the slot, once every clip is read."""
-        tensors, lengths, apart = {}, {}, {}
-        for place in self._places:
-            stored = self._slot[place.offset : place.end].view(NUMPY_DTYPES[place.dtype])
-            name = place.request.name
-            if place.shapes is not None:
-                apart[name] = tuple(
-                    to_tensor(FeatureTensor(row[: math.prod(shape)].reshape(shape), place.dtype))
-                    for row, shape in zip(stored.reshape(len(place.shapes), -1), place.shapes, strict=True)
+        tensors, apart = {}, {}
+        shown = torch.from_numpy(self._slot)
+        for tensor in self._layout:
+            stored = shown[tensor.offset : tensor.end].view(TORCH_DTYPES[tensor.dtype])
+            if tensor.shapes is None:
+                tensors[tensor.request.name] = stored.view(tensor.shape)
+            else:
+                clips = stored.view(len(tensor.shapes), -1)
+                apart[tensor.request.name] = tuple(
+                    clip[: math.prod(shape)].view(shape) for clip, shape in zip(clips, tensor.shapes, strict=True)
                 )
-                continue
-            tensors[name] = to_tensor(FeatureTensor(stored.reshape(place.shape), place.dtype))
-            if place.lengths is not None:
-                lengths[name] = torch.tensor(place.lengths)
-        return HostBatch(tensors=tensors, lengths=lengths, apart=apart)
+        lengths = {t.request.name: t.lengths for t in self._layout if t.lengths is not None and t.shapes is None}
+        rows = torch.tensor(list(lengths.values())).unbind() if lengths else ()
+        return HostBatch(tensors=tensors, lengths=dict(zip(lengths, rows, strict=True)), apart=apart)
 
 
 class BatchReader:
@@ -161,7 +129,8 @@ class BatchReader:
         self._wanted = [
             (request, tuple(stored[name] for name in request.variants or (request.name,))) for request in requests
         ]
-        self.memory = BatchMemory(sum(_bound(*wanted) for wanted in self._wanted) * batch_size, pinned=pinned)
+        self.memory = BatchMemory(sum(most_bytes(*wanted) for wanted in self._wanted) * batch_size, pinned=pinned)
+        self._targets: dict[int, _Targets] = {}
         self._batch_size = batch_size
         self._borrow = borrow
         self._borrowed: dict[int, np.ndarray] = {}
@@ -182,13 +151,22 @@ class BatchReader:
         """
         assert 0 < len(numbers) <= self._batch_size, f"{len(numbers)} clips, {self._batch_size} at most"
         variants = variants or (0,) * len(numbers)
-        places = _places(self._wanted, numbers, variants)
+        layout = lay_out(self._wanted, numbers, variants)
         slot = self.memory.borrow() if self._borrow else self.memory.lend()
-        pending = PendingBatch(self._columns, places, slot, numbers, variants, verify=verify, scratch=self._scratch)
+        targets = [self._targets_of(variant) for variant in variants]
+        pending = PendingBatch(layout, targets, slot, numbers, verify=verify, scratch=self._scratch)
         pending.job = self._threads.start(pending)
         if self._borrow:
             self._borrowed[id(pending)] = slot
         return pending
+
+    def _targets_of(self, variant: int) -> _Targets:
+        if variant not in self._targets:
+            targets = {request.stored_name(variant): place for place, (request, _) in enumerate(self._wanted)}
+            self._targets[variant] = tuple(
+                (column, tuple(targets.get(tensor.name) for tensor in column.tensors)) for column in self._columns
+            )
+        return self._targets[variant]
 
     def wait(self, pending: PendingBatch) -> dict[int, BaseException]:
         """Wait until all is read; returns what went wrong, by position. Raises MachineError where a thread is gone."""
@@ -216,47 +194,3 @@ class _Scratch(threading.local):
             # a new one, for views of the old one may be in use
             self._buffer = bytearray(2 * (start + nbytes))
         return memoryview(self._buffer)[start : start + nbytes]
-
-
-def _places(
-    wanted: Sequence[tuple[TensorRequest, tuple[TensorColumn, ...]]], numbers: Sequence[int], variants: Sequence[int]
-) -> list[_Place]:
-    """Cut a slot into the tensors of a batch, each at the start of a cache line, as it lies in its file."""
-    places = []
-    end = 0
-    rows_of_index = np.array(numbers)
-    for request, columns in wanted:
-        tensor = columns[0]
-        if len(columns) == 1:
-            shapes = tensor.shape[rows_of_index].tolist()
-        else:
-            shapes = [columns[v].shape[number].tolist() for number, v in zip(numbers, variants, strict=True)]
-        first, *inner = shapes[0]
-        lengths = [dims[0] for dims in shapes]
-        is_padded = tensor.is_ragged or request.num_rows is not None
-        rows = request.num_rows or (max(*lengths, 1) if is_padded else first)
-        assert request.apart or max(lengths) <= rows, f"{tensor.name}: {shapes} for {rows} rows"
-        if inner and not request.apart:
-            assert all(dims[1:] == inner for dims in shapes), f"{tensor.name}: clips of {shapes} in one batch"
-        most = max(map(math.prod, shapes)) if request.apart else rows * math.prod(inner)
-        stride = most * NUMPY_DTYPES[tensor.dtype].itemsize
-        place = _Place(
-            request=request,
-            dtype=tensor.dtype,
-            shape=(len(numbers), rows, *inner),
-            offset=end,
-            stride=stride,
-            end=end + len(numbers) * stride,
-            lengths=lengths if is_padded else None,
-            shapes=shapes if request.apart else None,
-        )
-        end = -(-place.end // ALIGNMENT) * ALIGNMENT
-        places.append(place)
-    return places
-
-
-def _bound(request: TensorRequest, columns: Sequence[TensorColumn]) -> int:
-    """Bytes of a slot that one clip takes at most, for one tensor of a batch."""
-    rows = max(*(int(column.shape[:, 0].max(initial=1)) for column in columns), request.num_rows or 1)
-    inner = max(int(column.shape[:, 1:].prod(axis=1, dtype=np.int64).max(initial=1)) for column in columns)
-    return rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize + ALIGNMENT

@@ -10,7 +10,8 @@ from mimir_train.config import OnBadSample, VerifyReads
 from mimir_train.order.answer_variants import VariantChoice
 from mimir_train.order.clip_order import ClipOrder
 from mimir_train.reading.bad_samples import MAX_ATTEMPTS
-from mimir_train.reading.batch_reader import BatchReader, HostBatch, PendingBatch, TensorRequest
+from mimir_train.reading.batch_layout import TensorRequest
+from mimir_train.reading.batch_reader import BatchReader, HostBatch, PendingBatch
 
 
 @dataclass(frozen=True, kw_only=True)
