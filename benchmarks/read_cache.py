@@ -128,13 +128,14 @@ class OurReader:
     def __init__(self, cache: Cache, options: ReadOptions, epochs: int) -> None:
         self._order = TrainingOrder(cache.buckets(), seed=0, global_batch_size=BATCH_SIZE)
         self._reader = StepReader(cache, self._order, REQUESTS, options)
-        self._nbytes = np.sum([t.nbytes for f in ("latents", "t5", "llm") for t in cache.column(f).tensors], axis=0)
+        tensors = [tensor for feature in ("latents", "t5", "llm") for tensor in cache.column(feature).tensors]
+        self._nbytes: list[int] = np.sum([tensor.nbytes for tensor in tensors], axis=0).tolist()
         self._epochs = epochs
 
     def read(self) -> int:
         nbytes = 0
         for batch in self._reader.steps(0, self._epochs * self._order.steps_per_epoch):
-            nbytes += int(self._nbytes[list(batch.numbers)].sum())
+            nbytes += sum(self._nbytes[number] for number in batch.numbers)
         return nbytes
 
     def close(self) -> None:

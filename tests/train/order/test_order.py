@@ -13,6 +13,7 @@ from mimir_train.order.clip_order import (
     ClipPlace,
     TrainingOrder,
     check_batch_sizes,
+    permutation,
     permute,
     rank_positions,
     splitmix64,
@@ -34,6 +35,11 @@ def order_of(*buckets: BucketShards, seed: int = 0, batch: int = 4, block: int =
 @given(size=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
 def test_a_keyed_permutation_hits_every_number_once(size: int, key: int) -> None:
     assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
+
+
+@given(size=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
+def test_a_permutation_of_all_numbers_at_once_is_that_of_each(size: int, key: int) -> None:
+    assert permutation(size, key).tolist() == [permute(i, size, key) for i in range(size)]
 
 
 def test_splitmix64_gives_the_published_values() -> None:

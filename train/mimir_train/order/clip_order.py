@@ -1,9 +1,9 @@
 """Which clip is trained on when: a pure function of (seed, epoch, number), with nothing to keep and nothing to load.
 
 Shards are put in an order by a keyed permutation and cut into blocks; within a block all clips are permuted together.
-So a clip is found without a list of all clips, at any position, and consecutive clips come from few shards. Every
-bucket has such a sequence of its own. Global batches are cut from the sequences, numbered over all buckets, and that
-numbering is permuted too. World size, threads and interruptions are no part of it: ranks get slices of a global batch.
+So a clip is found at any position without a list of all, and consecutive clips come from few shards. Every bucket has
+such a sequence of its own. Global batches are cut from the sequences, numbered over all buckets, and that numbering is
+permuted too. World size, threads and interruptions are no part of it: ranks get slices of a global batch.
 
 No stream of random numbers is used, ours or a library's: no library promises its streams across releases.
 """
@@ -14,7 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
+
+import numpy as np
 
 from mimir_shared.errors import InputError
 from mimir_shared.wording import noun_for
@@ -57,20 +59,40 @@ def permute(index: int, size: int, key: int) -> int:
     a bijection for every key and size.
     """
     assert 0 <= index < size, f"{index} of {size}"
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_bits, round_keys = _half_bits(size), _round_keys(key)
+    index = _feistel(index, half_bits, round_keys)
+    while index >= size:
+        index = _feistel(index, half_bits, round_keys)
+    return index
+
+
+def permutation(size: int, key: int) -> np.ndarray:
+    """`permute` of every index at once: (size,) uint64."""
+    half_bits, round_keys = _half_bits(size), _round_keys(key)
+    places = _feistel(np.arange(size, dtype=np.uint64), half_bits, round_keys)
+    while len(outside := np.flatnonzero(places >= size)):
+        places[outside] = _feistel(places[outside], half_bits, round_keys)
+    return places
+
+
+def _half_bits(size: int) -> int:
+    return max(1, ((size - 1).bit_length() + 1) // 2)
+
+
+_Integers = TypeVar("_Integers", int, np.ndarray)
+
+
+def _feistel(index: _Integers, half_bits: int, round_keys: tuple[int, ...]) -> _Integers:
+    """One pass of the network: of an integer, or of each of an array's (uint64, which wraps as the masks do)."""
     half_mask = (1 << half_bits) - 1
-    round_keys = _round_keys(key)
-    while True:
-        left, right = index >> half_bits, index & half_mask
-        for round_key in round_keys:
-            # splitmix64(right ^ round_key), written out: calls would be half of what it costs to find a clip
-            value = ((right ^ round_key) + 0x9E3779B97F4A7C15) & _MASK_64
-            value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-            value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-            left, right = right, left ^ ((value ^ (value >> 31)) & half_mask)
-        index = left << half_bits | right
-        if index < size:
-            return index
+    left, right = index >> half_bits, index & half_mask
+    for round_key in round_keys:
+        # splitmix64(right ^ round_key), written out: calls would be half of what it costs to find a clip
+        value = ((right ^ round_key) + 0x9E3779B97F4A7C15) & _MASK_64
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+        left, right = right, left ^ ((value ^ (value >> 31)) & half_mask)
+    return left << half_bits | right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +178,7 @@ class ClipOrder(Protocol):
 
 
 class EpochSequence:
-    """One bucket's clips in the order of one epoch: a table over shards, none over clips."""
+    """One bucket's clips in the order of one epoch: a table over shards, and of blocks that are met one over clips."""
 
     def __init__(self, bucket: BucketShards, seed: int, epoch: int, shards_per_block: int) -> None:
         num_shards = len(bucket.shards)
@@ -166,23 +188,24 @@ class EpochSequence:
         self._fields = (seed, epoch, "block", bucket.name)
         self._blocks = [positions[start : start + shards_per_block] for start in range(0, num_shards, shards_per_block)]
         self._ends = list(accumulate(sum(bucket.sizes[shard] for shard in block) for block in self._blocks))
-        self._entered: dict[int, tuple[int, list[int]]] = {}
+        self._entered: dict[int, tuple[np.ndarray, list[int]]] = {}
 
     def place(self, number: int) -> ClipPlace:
         """The clip that stands at `number` of this epoch."""
         block = bisect_right(self._ends, number)
         start = self._ends[block - 1] if block else 0
-        key, ends = self._enter(block)
-        within = permute(number - start, ends[-1], key)
+        order, ends = self._enter(block)
+        within = order.item(number - start)
         turn = bisect_right(ends, within)
         shard = self._bucket.shards[self._blocks[block][turn]]
         return ClipPlace(shard=shard, number=within - (ends[turn - 1] if turn else 0))
 
-    def _enter(self, block: int) -> tuple[int, list[int]]:
-        """The key of a block, and where each of its shards ends: made once for the blocks that are in use."""
+    def _enter(self, block: int) -> tuple[np.ndarray, list[int]]:
+        """The order of a block's clips, and where each of its shards ends: made once for the blocks that are in use."""
         if block not in self._entered:
             ends = list(accumulate(self._bucket.sizes[position] for position in self._blocks[block]))
-            self._entered[block] = (order_key(*self._fields, block), ends)
+            order = permutation(ends[-1], order_key(*self._fields, block))
+            self._entered[block] = (order.astype(np.min_scalar_type(ends[-1])), ends)
         return self._entered[block]
 
 
