@@ -43,7 +43,7 @@ class Cache(SnapshotReader):
         """The index number of a clip that an order names."""
         first = self._first_of_shard[bucket][place.shard]
         number: int = self.clips.numbers_of_bucket[bucket].item(first + place.number)
-        assert self.clips.shards[number] == place.shard, f"{place} of {bucket}"
+        assert self.clips.shards.item(number) == place.shard, f"{place} of {bucket}"
         return number
 
     def clip_numbers(self, bucket: BucketShards) -> list[int]:

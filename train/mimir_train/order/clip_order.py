@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -110,8 +110,7 @@ class BucketShards:
         return sum(self.sizes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipPlace:
+class ClipPlace(NamedTuple):
     """One clip, by its place among the clips of its bucket in one shard."""
 
     shard: int
@@ -265,6 +264,7 @@ class TrainingOrder:
             )
         self._batch_ends = list(accumulate(bucket.num_clips // global_batch_size for bucket in self.buckets))
         self._sequences = EpochSequences(self.buckets, seed, shards_per_block)
+        self._batch_orders: dict[int, np.ndarray] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -304,10 +304,17 @@ class TrainingOrder:
         """(epoch, position of its bucket, number of its first clip in that bucket's sequence) of a step."""
         assert step >= 0, f"step {step}"
         epoch, index = divmod(step, self.steps_per_epoch)
-        number = permute(index, self.steps_per_epoch, order_key(self.seed, epoch, "batches"))
+        number = self._batch_order(epoch).item(index)
         bucket = bisect_right(self._batch_ends, number)
         first = (number - (self._batch_ends[bucket - 1] if bucket else 0)) * self.global_batch_size
         return epoch, bucket, first
+
+    def _batch_order(self, epoch: int) -> np.ndarray:
+        """The numbers of an epoch's batches, in the order of its steps."""
+        if epoch not in self._batch_orders:
+            self._batch_orders = {near: order for near, order in self._batch_orders.items() if abs(near - epoch) <= 1}
+            self._batch_orders[epoch] = permutation(self.steps_per_epoch, order_key(self.seed, epoch, "batches"))
+        return self._batch_orders[epoch]
 
     def state(self, next_step: int) -> dict[str, int]:
         return {

@@ -87,7 +87,7 @@ def _lay_out(request: TensorRequest, clips: list[tuple[TensorColumn, int]], behi
         fit = [length * row_bytes for length in lengths]
         assert nbytes == fit, f"{column.name}: clips of {nbytes} bytes in one batch, expected {fit}"
     stride = max(nbytes) if request.apart else rows * row_bytes
-    offset = -(-behind // ALIGNMENT) * ALIGNMENT
+    offset = _whole_lines(behind)
     return BatchTensor(
         request=request,
         dtype=column.dtype,
@@ -102,7 +102,11 @@ def _lay_out(request: TensorRequest, clips: list[tuple[TensorColumn, int]], behi
 
 
 def most_bytes(request: TensorRequest, columns: Sequence[TensorColumn]) -> int:
-    """Of a slot, that one clip takes at most for one tensor of a batch."""
+    """Of a slot, that one clip takes at most for one tensor of a batch: whole cache lines."""
     rows = max(*(int(column.shape[:, 0].max(initial=1)) for column in columns), request.num_rows or 1)
     inner = max(int(column.shape[:, 1:].prod(axis=1, dtype=np.int64).max(initial=1)) for column in columns)
-    return rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize + ALIGNMENT
+    return _whole_lines(rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize)
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
