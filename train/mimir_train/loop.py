@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mimir_train.attention_choice import check_attention
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
-from mimir_train.checkpoint.folder import MODEL, OPTIMIZER, RANDOM, ema_part
+from mimir_train.checkpoint.folder import MODEL, OPTIMIZER, RANDOM, Share, ema_part
 from mimir_train.checkpoint.parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart, trained_parameters
 from mimir_train.checkpoint.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint
 from mimir_train.checkpoint.saver import CheckpointSaver, Kept
@@ -76,7 +76,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
         console = Console(stderr=True, highlight=False, quiet=not parallel.is_first)
         say = partial(console.print, markup=False, soft_wrap=True)
         check_reporters(config.run.report_to)
-        run = open_run(config, resume, say)
+        share = Share(number=parallel.rank, count=parallel.world_size, tell=parallel.gather)
+        run = open_run(config, resume, say, share)
         data = config.data
         cache = open_cache(
             data.cache, data.features, snapshot=data.snapshot, local_cache_dir=data.local_cache_dir,

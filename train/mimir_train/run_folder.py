@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from mimir_shared.errors import CacheError, InputError
+from mimir_shared.errors import CacheError, InputError, MachineError
 from mimir_shared.storage.folder import machine_faults
 from mimir_train.checkpoint.folder import (
+    ALONE,
     CHECKPOINTS,
+    Share,
     check_checkpoint,
     find_checkpoint,
     is_checkpoint_folder,
     list_checkpoints,
     read_checkpoint_info,
     step_folder_name,
+    step_of,
 )
 from mimir_train.config import TrainConfig
 from mimir_train.config_document import (
@@ -74,15 +77,17 @@ def resumed_settings(output_dir: Path, resume: str | None) -> Document | None:
     return settings
 
 
-def open_run(config: TrainConfig, resume: str | None, say: Callable[[str], None]) -> RunFolder:
+def open_run(config: TrainConfig, resume: str | None, say: Callable[[str], None], share: Share = ALONE) -> RunFolder:
     """Find out where to start.
 
     Args:
         resume: "latest", the number of a step, the path of a checkpoint or of a run; None: begin anew.
+        share: of the ranks that begin together.
     Raises: InputError where a new run would write over another, or settings changed that decide the training;
-        CacheError where no checkpoint to go on from is good.
+        CacheError where no checkpoint to go on from is good; MachineError where ranks see different checkpoints.
     """
     path = Path(config.run.output_dir)
+    _refuse_different_views(path if resume is None else resumed_run(path, resume), share)
     if resume is None:
         if list_checkpoints(path):
             raise InputError(
@@ -99,22 +104,36 @@ def open_run(config: TrainConfig, resume: str | None, say: Callable[[str], None]
     run = resumed_run(path, resume)
     began_with = train_config(settings)
     refuse_other_training(began_with, config, str(run / CONFIG_NAME))
-    checkpoint = _checkpoint(run, resume, say)
+    checkpoint = _checkpoint(run, resume, say, share)
     refuse_other_rates(began_with, config, read_checkpoint_info(checkpoint, parts=()).step, str(checkpoint))
     return RunFolder(path=path, checkpoint=checkpoint)
 
 
-def _checkpoint(run: Path, resume: str, say: Callable[[str], None]) -> Path:
+def _refuse_different_views(run: Path, share: Share) -> None:
+    """Ranks that went on from different steps would train on, and wrongly."""
+    newest = max(map(step_of, list_checkpoints(run)), default=-1)
+    steps = [int(step) for (step,) in share.tell([newest])]
+    if len(set(steps)) > 1:
+        seen = ", ".join(
+            f"rank {rank}: {step_folder_name(step) if step >= 0 else 'none'}" for rank, step in enumerate(steps)
+        )
+        raise MachineError(
+            f"{run}: ranks see different checkpoints ({seen}); --output-dir must be a folder that all of them share: "
+            f"if it is, the file system was slow to show a new one: run the same command again"
+        )
+
+
+def _checkpoint(run: Path, resume: str, say: Callable[[str], None], share: Share) -> Path:
     if resume.isdecimal():
         folder = run / CHECKPOINTS / step_folder_name(int(resume))
         if folder not in list_checkpoints(run):
             names = ", ".join(found.name for found in list_checkpoints(run))
             raise InputError(f"--resume-from-checkpoint {resume}: {run} has only {names}")
-        problem = check_checkpoint(folder)
+        problem = check_checkpoint(folder, share=share)
         if problem is not None:
             raise CacheError(f"--resume-from-checkpoint {resume}: {problem}; `latest` takes the newest good one")
         return folder
-    return find_checkpoint(run if resume == "latest" else Path(resume), say=say)
+    return find_checkpoint(run if resume == "latest" else Path(resume), say=say, share=share)
 
 
 def _is_name(resume: str) -> bool:

@@ -13,7 +13,8 @@ Nothing in it is pickled, and no file of it is believed before its sha256 was co
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -154,35 +155,73 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in parent.iterdir() if _STEP_FOLDER.fullmatch(path.name)), key=step_of)
 
 
-def check_checkpoint(folder: Path, parts: Collection[str] | None = None) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which of several processes reads a checkpoint: each hashes some of its files, and all hear what each found.
+
+    A process alone hashes them all.
+    """
+
+    number: int = 0
+    count: int = 1
+    tell: Callable[[Sequence[float]], list[list[float]]] = lambda values: [list(values)]
+    """Hands out own values, and gives those of all, by number; every process calls it equally often."""
+
+
+ALONE: Final = Share()
+
+
+def check_checkpoint(folder: Path, parts: Collection[str] | None = None, *, share: Share = ALONE) -> str | None:
     """What is wrong with a checkpoint, in words; None where every byte is as it was written.
 
     Args:
         parts: files or folders of it to check (checkpoint.json always is); None: all.
+        share: of several processes that call this at the same time, for the same checkpoint.
     """
+    wanted: list[tuple[str, FileDigest]] = []
+    problems: dict[int, str] = {}
     try:
         info = _read_manifest(folder)
     except CacheError as fault:
-        return str(fault)
-    for name, digest in info.files.items():
-        if parts is not None and not any(name == part or name.startswith(f"{part}/") for part in parts):
-            continue
-        try:
-            found = digest_file(folder / name)
-        except OSError as fault:
-            return f"{folder / name}: {fault.strerror}"
-        if found != digest:
-            return f"{folder / name}: its {found.bytes} bytes are not those that were written ({digest.bytes} bytes)"
+        problems[0] = str(fault)
+    else:
+        wanted = [
+            (name, digest)
+            for name, digest in info.files.items()
+            if parts is None or any(name == part or name.startswith(f"{part}/") for part in parts)
+        ]
+    for place in range(share.number, len(wanted), share.count):
+        problem = _check_file(folder, *wanted[place])
+        if problem is not None:
+            problems[place + 1] = problem
+            break
+    told = [int(place) for (place,) in share.tell([min(problems, default=-1)])]
+    worst = min((place for place in told if place >= 0), default=None)
+    if worst is None:
+        return None
+    name = wanted[worst - 1][0] if 0 < worst <= len(wanted) else MANIFEST
+    return problems.get(worst) or f"{folder / name}: rank {told.index(worst)} found that it is not as it was written"
+
+
+def _check_file(folder: Path, name: str, digest: FileDigest) -> str | None:
+    try:
+        found = digest_file(folder / name)
+    except OSError as fault:
+        return f"{folder / name}: {fault.strerror}"
+    if found != digest:
+        return f"{folder / name}: its {found.bytes} bytes are not those that were written ({digest.bytes} bytes)"
     return None
 
 
-def find_checkpoint(path: Path, *, say: Say | None = None, parts: Collection[str] | None = None) -> Path:
+def find_checkpoint(
+    path: Path, *, say: Say | None = None, parts: Collection[str] | None = None, share: Share = ALONE
+) -> Path:
     """The newest good checkpoint of a run; of a checkpoint's own folder, that one.
 
     Args:
         path: RUN, or RUN/checkpoints/step-N.
         say: told of every checkpoint that is passed over for being damaged; None: one line on stderr.
-        parts: as `check_checkpoint`.
+        parts, share: as `check_checkpoint`.
     Raises: InputError where there is no checkpoint; CacheError where none is good.
     """
     say = say or (lambda line: print(line, file=sys.stderr))  # noqa: T201 (the caller gave no other way to tell)
@@ -190,7 +229,7 @@ def find_checkpoint(path: Path, *, say: Say | None = None, parts: Collection[str
     if not folders:
         raise InputError(f"{path}: no checkpoint here; expected {CHECKPOINTS}/{step_folder_name(20)} or one like it")
     for folder in reversed(folders):
-        problem = check_checkpoint(folder, parts)
+        problem = check_checkpoint(folder, parts, share=share)
         if problem is None:
             return folder
         say(f"checkpoint {folder.name} is damaged and passed over: {problem}")
