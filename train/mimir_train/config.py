@@ -243,7 +243,7 @@ class EmaConfig:
     """power:SIGMA_REL or fixed:DECAY each (`ema_profile`). Each takes as much memory as the weights that are trained,
     cut over the ranks as they are, so none is kept unless asked for."""
     validation: bool = True
-    """Report the validation loss of the first average too."""
+    """Report the validation loss of the first average too, and sample by it in place of the weights."""
 
     def __post_init__(self) -> None:
         names = [profile.name for profile in self.parsed]

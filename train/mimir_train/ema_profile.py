@@ -13,6 +13,9 @@ from mimir_shared.errors import InputError
 
 ProfileKind = Literal["power", "fixed"]
 
+RAW: Final = "raw"
+"""The weights themselves, where an average could be named."""
+
 LARGEST_SIGMA_REL: Final = 12**-0.5
 """Of an exponent of zero, the plain mean of all steps: the widest profile that there is."""
 _SMALLEST_SIGMA_REL: Final = 1e-4

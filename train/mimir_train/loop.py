@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from mimir_train.checkpoint.parts import CheckpointPart, ModelPart, OptimizerPar
 from mimir_train.checkpoint.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint
 from mimir_train.checkpoint.saver import CheckpointSaver, Kept
 from mimir_train.config import TrainConfig
+from mimir_train.ema_profile import RAW
 from mimir_train.fit import FittedRun, describe_fit, fit
 from mimir_train.learning_rate import describe_rates, rate_factor
 from mimir_train.metrics.sinks import check_reporters, open_metrics
@@ -276,12 +277,17 @@ def judge(trainer: Trainer, validation: ValidationSet, step: int) -> dict[str, f
 
 
 def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolder, steps_done: int) -> None:
-    """Write latents for `mimir-train decode`, where that is asked for."""
+    """Write latents for `mimir-train decode`, where that is asked for; by the average that `sample` would take too."""
     limit = trainer.fitted.config.run.validation_samples
-    if limit:
+    if not limit:
+        return
+    judged = trainer.averages[:1] if trainer.fitted.config.ema.validation else ()
+    with ExitStack() as in_place:
+        for average in judged:
+            in_place.enter_context(average.in_place_of_weights(trainer.model))
         write_validation_samples(
             run.path, validation, trainer.model, trainer.objective, steps_done=steps_done, limit=limit,
-            is_first=trainer.parallel.is_first,
+            weights=judged[0].profile.name if judged else RAW, is_first=trainer.parallel.is_first,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """`mimir-train decode`: the latents of validation become videos."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from PIL import Image
 from mimir_shared.errors import CacheError, InputError
 from mimir_train.sampling.contact_sheet import SheetRow, pick_frames, write_contact_sheet
 from mimir_train.sampling.video_check import plays
-from mimir_train.validation.latents import ValidationLatents, validation_folder, write_validation_latents
+from mimir_train.validation.latents import (
+    ValidationLatents,
+    read_validation_latents,
+    validation_folder,
+    write_validation_latents,
+)
 from mimir_train.validation.page import ValidationPage, spread_steps
 from tests.pages import Outline, visit_page
 from tests.train.hand_made_checkpoint import FPS, SCALING_FACTOR, command, flip_last_bit, identities
@@ -66,6 +72,24 @@ def test_a_page_shows_each_prompt_over_the_steps(validated_run: Path, models: Pa
     assert "loss 0.2500" in page.text
     visit = visit_page(path, tmp_path)
     assert (visit.console, visit.requests) == ([], [])
+
+
+def test_a_page_says_of_samples_by_an_average_what_they_are_by_and_that_averages_loss(
+    validated_run: Path, models: Path
+) -> None:
+    folder = validation_folder(validated_run, 10)
+    write_validation_latents(folder, replace(read_validation_latents(folder), weights="power:0.1"))
+    lines = [
+        '{"step": 9, "validation/loss": 0.25, "validation/ema_loss": 0.125}',
+        '{"step": 19, "validation/loss": 0.5}',
+    ]
+    (validated_run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    command("decode", validated_run, "--models", models)
+    page = Outline((validated_run / "validation" / "index.html").read_text())
+    assert "running average of the weights (power:0.1)" in page.text
+    assert "loss 0.1250" in page.text
+    assert "loss 0.2500" not in page.text
+    assert "loss 0.5000" in page.text
 
 
 def test_one_step_alone_has_no_page(validated_run: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:

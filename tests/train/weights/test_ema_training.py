@@ -9,6 +9,7 @@ from mimir_shared.errors import CacheError, InputError
 from mimir_train.checkpoint.opened import open_checkpoint
 from mimir_train.ema_profile import parse_profile
 from mimir_train.loop import train
+from mimir_train.validation.latents import read_validation_latents, validation_folder
 from tests.train.caches import flipped_byte, losses_of, metrics_of, resumed_config, tiny_config
 from tests.train.checkpoints import tensors_of
 from tests.train.ranks import train_on_ranks
@@ -25,7 +26,7 @@ def averaged(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run = tmp_path_factory.mktemp("averaged") / "run"
     train(tiny_config(
         small_cache, run, ema__profiles=PROFILES, run__checkpointing_steps=1, data__validation_shards=1,
-        run__validation_steps=5,
+        run__validation_steps=5, run__validation_samples=1,
     ))  # fmt: skip
     return run
 
@@ -37,7 +38,7 @@ def checkpoint_of(run: Path, step: int) -> Path:
 def test_averages_leave_the_training_alone_and_are_judged_beside_it(
     small_cache: Path, tmp_path: Path, averaged: Path
 ) -> None:
-    common = {"data__validation_shards": 1, "run__validation_steps": 5}
+    common = {"data__validation_shards": 1, "run__validation_steps": 5, "run__validation_samples": 1}
     train(tiny_config(small_cache, tmp_path / "plain", **common))
     unjudged = {"ema__profiles": PROFILES, "ema__validation": False, "run__max_train_steps": 5}
     train(tiny_config(small_cache, tmp_path / "unjudged", **common, **unjudged))
@@ -50,6 +51,15 @@ def test_averages_leave_the_training_alone_and_are_judged_beside_it(
     assert all(line["validation/ema_loss"] != line["validation/loss"] for line in judged)
     for run in ("plain", "unjudged"):
         assert not any("validation/ema_loss" in line for line in metrics_of(tmp_path / run))
+
+    sampled = {
+        run: read_validation_latents(validation_folder(run, 5))
+        for run in (averaged, tmp_path / "plain", tmp_path / "unjudged")
+    }
+    assert [latents.weights for latents in sampled.values()] == ["power:0.1", "raw", "raw"]
+    by_average, plain_latents, unjudged_latents = (latents.tensors[0] for latents in sampled.values())
+    assert torch.equal(plain_latents, unjudged_latents)
+    assert not torch.equal(by_average, plain_latents)
 
 
 @pytest.mark.parametrize(("part", "profile"), [("ema", "power:0.1"), ("ema-2", "fixed:0.9")])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from mimir_train.checkpoint.folder import (
 from mimir_train.checkpoint.parts import fill_tensors
 from mimir_train.checkpoint.storage import PieceReader
 from mimir_train.config_document import from_record
+from mimir_train.ema_profile import RAW
 from mimir_train.model.config import DiTConfig, FuserConfig
 from mimir_train.model.dit import DiT
 from mimir_train.model.fuser import TokenFuser
@@ -32,8 +33,6 @@ from mimir_train.weights.transformer_folder import load_transformer
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
-RAW: Final = "raw"
-"""The weights themselves, as a choice of --weights."""
 
 JsonValue = Any
 """What `json` reads; the library gives it no type."""

@@ -96,7 +96,7 @@ def _decode_with(
                         temporary.replace(path)
                     made += 1
                 if page is not None:
-                    page.add(latents.step, index, prompt, frames, latents.fps)
+                    page.add(latents.step, index, prompt, frames, latents.fps, latents.weights)
                 if len(rows) < MAX_ROWS:
                     note = f"step {latents.step}, {index}.mp4"
                     rows.append(SheetRow(caption=prompt, note=note, frames=frames, fps=latents.fps))

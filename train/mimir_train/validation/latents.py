@@ -4,7 +4,8 @@ A folder holds all that decoding needs, so that it can be copied elsewhere:
 
     latents.safetensors    tensors "0", "1", …, in the order of the prompts: (C, T, h, w) float32, scaled
     prompts.json           {"version": 1, "step", "prompts": […], "fps", "latent_scaling_factor",
-                            "latents": {"fingerprint", "identity"}}; the last is that of the cache's `latents`
+                            "weights", "latents": {"fingerprint", "identity"}}; "weights" is what sampled, "raw" or
+                            the profile of an average; "latents" is that of the cache's `latents`
 """
 
 import json
@@ -20,6 +21,7 @@ from torch import Tensor
 from mimir_shared.errors import CacheError
 from mimir_shared.fingerprint import fingerprint
 from mimir_shared.plain_documents import parse_json
+from mimir_train.ema_profile import RAW
 
 VALIDATION_FOLDER = "validation"
 LATENTS_NAME = "latents.safetensors"
@@ -39,6 +41,8 @@ class ValidationLatents:
     """Of each prompt: (C, T, h, w) float32, scaled; sizes may differ."""
     fps: float
     latent_scaling_factor: float
+    weights: str = RAW
+    """What sampled them: the weights themselves, or the average of this profile."""
     latents_identity: Mapping[str, Json]
     """Of the cache's feature `latents`: it names the VAE that decodes them."""
 
@@ -66,6 +70,7 @@ def write_validation_latents(folder: Path, latents: ValidationLatents) -> None:
         "prompts": list(latents.prompts),
         "fps": latents.fps,
         "latent_scaling_factor": latents.latent_scaling_factor,
+        "weights": latents.weights,
         "latents": {"fingerprint": latents.latents_fingerprint, "identity": latents.latents_identity},
     }
     temporary = folder / f".{PROMPTS_NAME}.tmp"
@@ -91,6 +96,7 @@ def read_validation_latents(folder: Path) -> ValidationLatents:
             tensors=tuple(tensors[str(i)] for i in range(len(prompts))),
             fps=document["fps"],
             latent_scaling_factor=document["latent_scaling_factor"],
+            weights=document.get("weights", RAW),
             latents_identity=document["latents"]["identity"],
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as fault:

@@ -11,6 +11,7 @@ from PIL import Image
 from mimir_shared.page.pictures import Moving, moving_picture
 from mimir_shared.page.render import render_page
 from mimir_shared.storage.folder import machine_faults
+from mimir_train.ema_profile import RAW
 from mimir_train.json_lines import read_steps
 from mimir_train.run_folder import METRICS_NAME
 
@@ -28,8 +29,10 @@ class StepPicture:
 
     step: int
     picture: Moving
+    weights: str
+    """What sampled it: `RAW`, or the profile of an average."""
     loss: float | None
-    """Validation loss then, where it is known."""
+    """Validation loss of those weights then, where it is known."""
 
 
 @dataclass(kw_only=True)
@@ -49,10 +52,10 @@ class ValidationPage:
         self._run = run
         self._num_steps = len(steps)
         self._shown = spread_steps(steps)
-        self._losses = validation_losses(run)
+        self._losses = {name: validation_losses(run, name) for name in ("loss", "ema_loss")}
         self._stories: dict[tuple[int, str], PromptStory] = {}
 
-    def add(self, step: int, index: int, prompt: str, frames: np.ndarray, fps: float) -> None:
+    def add(self, step: int, index: int, prompt: str, frames: np.ndarray, fps: float, weights: str = RAW) -> None:
         """
         Args:
             index: of the prompt among those of the step.
@@ -62,7 +65,8 @@ class ValidationPage:
             return
         story = self._stories.setdefault((index, prompt), PromptStory(prompt=prompt))
         picture = moving_picture([_made_smaller(frames)], fps)
-        story.pictures.append(StepPicture(step=step, picture=picture, loss=self._losses.get(step)))
+        loss = self._losses["loss" if weights == RAW else "ema_loss"].get(step)
+        story.pictures.append(StepPicture(step=step, picture=picture, weights=weights, loss=loss))
 
     def write(self, path: Path) -> None:
         for story in self._stories.values():
@@ -72,6 +76,7 @@ class ValidationPage:
             "stories": [self._stories[key] for key in sorted(self._stories)],
             "num_steps": self._num_steps,
             "num_shown": len(self._shown),
+            "averages": sorted({one.weights for s in self._stories.values() for one in s.pictures} - {RAW}),
         }
         text = render_page(_TEMPLATE, values)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -86,10 +91,10 @@ def spread_steps(steps: Sequence[int], most: int = MOST_STEPS) -> set[int]:
     return {ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(most, len(ordered)))}
 
 
-def validation_losses(run: Path) -> dict[int, float]:
-    """Steps done → the validation loss then; {} for a run whose metrics are not here."""
+def validation_losses(run: Path, name: str) -> dict[int, float]:
+    """Steps done → validation/NAME then; {} for a run whose metrics are not here."""
     lines = read_steps(run / METRICS_NAME)
-    return {line["step"] + 1: float(line["validation/loss"]) for line in lines if "validation/loss" in line}
+    return {line["step"] + 1: float(line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line}
 
 
 def _made_smaller(frames: np.ndarray) -> np.ndarray:

@@ -64,9 +64,13 @@ def write_validation_samples(
     *,
     steps_done: int,
     limit: int,
+    weights: str,
     is_first: bool,
 ) -> None:
     """Sample the captions of the first `limit` held-out clips, from the same noise each time; in RUN/validation.
+
+    Args:
+        weights: what the model holds: `RAW`, or the profile of an average.
 
     All ranks go through the model alike, for the parts of a sharded one are fetched by all at once; one writes.
     """
@@ -99,6 +103,7 @@ def write_validation_samples(
             prompts=tuple(prompts),
             tensors=tuple(tensors),
             fps=snapshot.fps,
+            weights=weights,
             latent_scaling_factor=objective.latent_scaling_factor,
             latents_identity=snapshot.features["latents"].identity,
         ),
