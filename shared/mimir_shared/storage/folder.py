@@ -16,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from mimir_shared.errors import InputError, MachineError
 from mimir_shared.failpoints import publishing_failpoint
@@ -25,6 +25,8 @@ from mimir_shared.storage.disk import FULL, Disk, describe_full
 from mimir_shared.storage.found_file import FoundFile
 from mimir_shared.storage.local_leases import LocalLeaseStore
 from mimir_shared.storage.open_files import OpenFiles
+
+Done = TypeVar("Done")
 
 _TEMPORARY = "tmp"
 _MENDED_BY_THE_USER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -225,10 +227,9 @@ class LocalStorage:
 
         Raises: FileNotFoundError where it is gone already.
         """
-        aside = self._temporary_path()
-        self._ensure_directory(aside.parent)
-        self.disk.rename(self.path(name), aside)
-        self._open_files.forget(str(self.path(name)))
+        aside, path = self._temporary_path(), self.path(name)
+        self._within(aside.parent, lambda: self.disk.rename(path, aside), source=path)
+        self._open_files.forget(str(path))
         return f"{_TEMPORARY}/{aside.name}"
 
     def put_back(self, aside: str, name: str) -> None:
@@ -310,28 +311,33 @@ class LocalStorage:
 
     def _create_temporary(self, path: Path) -> BinaryIO:
         with self._may_create:
-            while True:
-                self._ensure_directory(path.parent)
-                self.check_mounted()
-                try:
-                    return self.disk.create(path)
-                except FileNotFoundError:
-                    self._durable.discard(path.parent)  # another process has just removed the empty folder
+            return self._within(path.parent, lambda: self.disk.create(path))
 
     def _link(self, source: Path, final: Path) -> bool:
-        while True:
-            self._ensure_directory(final.parent)
+        def link() -> bool:
             try:
                 self.disk.link(source, final)
             except FileExistsError:
                 return False
+            return True
+
+        return self._within(final.parent, link, source=source)
+
+    def _within(self, directory: Path, action: Callable[[], Done], *, source: Path | None = None) -> Done:
+        """Do what needs a folder of the cache; made anew where it was empty and another process has just removed it.
+
+        Raises: FileNotFoundError where `source`, which the action needs besides, is gone.
+        """
+        while True:
+            self._ensure_directory(directory)
+            self.check_mounted()
+            try:
+                return action()
             except FileNotFoundError:
                 self.check_mounted()
-                if final.parent.is_dir():
+                if source is not None and not os.path.lexists(source):
                     raise
-                self._durable.discard(final.parent)
-            else:
-                return True
+                self._durable.discard(directory)
 
     def _replace(self, temporary: "TemporaryFile", final: Path) -> None:
         second = self._temporary_path()
@@ -347,15 +353,17 @@ class LocalStorage:
         if directory == self.root:
             self._ensure_root()
         else:
-            self._ensure_directory(directory.parent)
-            try:
-                self.disk.make_directory(directory)
-            except FileExistsError:
-                if not directory.is_dir():
-                    raise
+            self._within(directory.parent, lambda: self._make_directory(directory))
             # also where another worker made it, who may not have come to this yet
             self.disk.sync_directory(directory.parent)
         self._durable.add(directory)
+
+    def _make_directory(self, directory: Path) -> None:
+        try:
+            self.disk.make_directory(directory)
+        except FileExistsError:
+            if not directory.is_dir():
+                raise
 
     def _ensure_root(self) -> None:
         self.check_mounted()

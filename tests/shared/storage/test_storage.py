@@ -107,3 +107,27 @@ def test_a_full_disk_is_a_fault_of_the_machine_with_exit_code_5() -> None:
 def test_a_scheme_that_is_not_supported_is_refused() -> None:
     with pytest.raises(InputError, match="ftp"):
         open_storage("ftp://host/cache")
+
+
+def test_what_is_to_be_removed_goes_though_another_process_has_removed_the_folder_of_temporaries(
+    tmp_path: Path,
+) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.create("t5/spec.json", b"damaged")
+    LocalStorage(tmp_path).tidy()
+    assert not (tmp_path / "tmp").exists()
+    storage.remove_tree("t5/spec.json")
+    assert not storage.exists("t5/spec.json")
+    with pytest.raises(FileNotFoundError):
+        storage.set_aside("t5/spec.json")
+
+
+def test_a_file_is_published_again_though_gc_has_removed_the_folders_that_it_lay_in(tmp_path: Path) -> None:
+    storage, name = LocalStorage(tmp_path), "latents/0123456789ab/data/000001-aaaaaaaa.zarr/vae_mean/c"
+    assert storage.create(name, b"chunk")
+    collector = LocalStorage(tmp_path)
+    collector.remove(name)
+    for folder in (Path(name).parent, Path(name).parent.parent):
+        collector.remove_empty_folder(str(folder))
+    assert storage.create(name, b"chunk")
+    assert storage.read(name) == b"chunk"
