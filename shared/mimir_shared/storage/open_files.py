@@ -65,6 +65,8 @@ class OpenFiles:
         finally:
             with self._lock:
                 file.readers -= 1
+                if file.forgotten and not file.readers:
+                    os.close(file.descriptor)
                 if self._is_full:
                     self._close_oldest()
 

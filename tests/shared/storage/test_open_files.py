@@ -121,3 +121,18 @@ def test_a_file_that_was_replaced_is_read_anew_once_it_is_forgotten(tmp_path: Pa
         files.read_into(str(path), 0, [memoryview(data)])
         assert bytes(data) == expected
     assert len(files) == 1
+
+
+def test_a_file_that_is_forgotten_while_it_is_read_is_closed_when_that_is_done(tmp_path: Path) -> None:
+    data = file_of(tmp_path, "file", 3 << 20)
+    files, path = OpenFiles(), str(tmp_path / "file")
+    before = len(os.listdir("/proc/self/fd"))
+    seen: list[bytes] = []
+
+    def replace_meanwhile(piece: memoryview) -> None:
+        files.forget(path)
+        seen.append(bytes(piece))
+
+    assert files.read_into(path, 0, [memoryview(bytearray(3 << 20))], replace_meanwhile) == 3 << 20
+    assert b"".join(seen) == data
+    assert len(os.listdir("/proc/self/fd")) == before
