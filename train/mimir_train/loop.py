@@ -23,7 +23,7 @@ from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
 from mimir_train.checkpoint.folder import MODEL, OPTIMIZER, RANDOM, Share, ema_part
 from mimir_train.checkpoint.parts import CheckpointPart, ModelPart, OptimizerPart, RandomPart, trained_parameters
-from mimir_train.checkpoint.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint
+from mimir_train.checkpoint.resume import adapters_of, checkpoint_info, initial_of, load_checkpoint, starting_point
 from mimir_train.checkpoint.saver import CheckpointSaver, Kept
 from mimir_train.config import TrainConfig
 from mimir_train.ema_profile import RAW
@@ -38,6 +38,7 @@ from mimir_train.optimizer import build_optimizer, set_rates
 from mimir_train.order.answer_variants import VariantChoice
 from mimir_train.order.build import build_order, order_settings
 from mimir_train.order.clip_order import ClipOrder
+from mimir_train.parallel.agreement import refuse_unlike_ranks
 from mimir_train.parallel.processes import Parallel, peer_faults, start_parallel
 from mimir_train.parallel.sharding import Sharing, average_gradients, clip_gradients
 from mimir_train.reading.bad_samples import BadSampleLog
@@ -85,6 +86,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
             local_cache_gb=data.local_cache_gb,
         )  # fmt: skip
         fitted = fit(config, cache, initial_of(run, config, verify_base=parallel.is_first))
+        refuse_unlike_ranks(parallel, starting_point(run, fitted))
         check_attention(fitted.config.model, parallel.device, config.run.precision)
         order = build_order(
             cache, order_settings(fitted.config), held_out=fitted.held_out, world_size=parallel.world_size,

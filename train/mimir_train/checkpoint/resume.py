@@ -46,6 +46,18 @@ def initial_of(run: RunFolder, config: TrainConfig, *, verify_base: bool) -> Ini
     return InitialTransformer(config=transformer, folder=folder, vae_scaling_factor=None)
 
 
+def starting_point(run: RunFolder, fitted: FittedRun) -> dict[str, str]:
+    """What ranks that train together must have found alike, each by itself: what it is → which."""
+    checkpoint = "none"
+    if run.checkpoint is not None:
+        checkpoint = f"{run.checkpoint.name} ({read_checkpoint_info(run.checkpoint, parts=()).seal[:12]})"
+    return {
+        "the checkpoint to go on from": checkpoint,
+        "the snapshot of the cache": str(fitted.config.data.snapshot),
+        "the digest of the settings": training_digest(fitted.config),
+    }
+
+
 def load_checkpoint(run: RunFolder, parts: Mapping[str, CheckpointPart], order: ClipOrder, fitted: FittedRun) -> int:
     """Fill weights, optimizer and all other parts from the checkpoint.
 
