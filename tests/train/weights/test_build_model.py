@@ -20,7 +20,7 @@ from mimir_train.fit import FittedRun, fit
 from mimir_train.model.dit import DiT
 from mimir_train.parallel.launch import Place
 from mimir_train.parallel.processes import Parallel
-from mimir_train.parallel.sharding import settle_sharing, write_held_rows
+from mimir_train.parallel.sharding import Sharing, settle_sharing, write_held_rows
 from mimir_train.weights.build_model import build_model
 from mimir_train.weights.transformer_folder import load_transformer, save_transformer
 from tests.train.caches import tiny_config
@@ -109,6 +109,7 @@ def test_auto_takes_ddp_while_the_states_fit_and_cuts_the_model_where_they_do_no
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
 
     def settled(num_parameters: float, world_size: int, machine: int, config: ParallelConfig) -> tuple[str, int]:
+        monkeypatch.setattr(Parallel, "gather", lambda self, values: [list(values)] * world_size)
         place = Place(launcher="slurm", world_size=world_size, local_world_size=machine)
         sharing = settle_sharing(
             config, Parallel(place=place, device=torch.device("cuda", 0)), int(16 * num_parameters)
@@ -126,3 +127,20 @@ def test_auto_takes_ddp_while_the_states_fit_and_cuts_the_model_where_they_do_no
         settled(5.6e9, 32, 8, ParallelConfig(strategy="hsdp", shard_size=5))
     with pytest.raises(InputError, match="--shard-size must be left out but with --parallel hsdp"):
         ParallelConfig(strategy="fsdp", shard_size=4)
+
+
+def test_ranks_of_unlike_machines_settle_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = [8] * 8 + [4] * 8  # of each rank: the ranks of its machine
+    memory_bytes = [192 * 10**9] * 8 + [80 * 10**9] * 8
+    everyone = [[float(machine), float(memory)] for machine, memory in zip(machines, memory_bytes, strict=True)]
+    monkeypatch.setattr(Parallel, "gather", lambda self, values: everyone)
+
+    def settled(rank: int, num_parameters: float) -> Sharing:
+        own = SimpleNamespace(total_memory=memory_bytes[rank])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
+        place = Place(launcher="slurm", rank=rank, world_size=16, local_world_size=machines[rank])
+        parallel = Parallel(place=place, device=torch.device("cuda", 0))
+        return settle_sharing(ParallelConfig(), parallel, int(16 * num_parameters))
+
+    assert settled(0, 1.7e9) == settled(15, 1.7e9) == Sharing(strategy="ddp")
+    assert settled(0, 5.6e9) == settled(15, 5.6e9) == Sharing(strategy="fsdp", shard_size=16)

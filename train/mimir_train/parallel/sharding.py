@@ -62,21 +62,20 @@ def state_bytes(model: nn.Module, num_averages: int) -> int:
 
 
 def settle_sharing(config: ParallelConfig, parallel: Parallel, num_state_bytes: int) -> Sharing:
-    """Choose where the settings leave it open.
+    """Choose where the settings leave it open, by what all ranks have: all must call it, and all choose alike.
 
     `auto` takes ddp while the states fit into half of a device's memory, else fsdp, and hsdp where several machines
     take part; on the CPU it takes ddp. HSDP cuts the model over the ranks of one machine unless told otherwise.
 
     Raises: InputError for a shard size that does not divide the ranks.
     """
-    world_size, machine = parallel.world_size, parallel.place.local_world_size
-    strategy = config.strategy
+    world_size, strategy = parallel.world_size, config.strategy
+    ranks = parallel.gather([parallel.place.local_world_size, _memory_bytes(parallel.device)])
+    machine = int(max(of_machine for of_machine, _ in ranks))
     if strategy == "auto":
-        fits = True
-        if parallel.device.type == "cuda" and world_size > 1:
-            memory_bytes = torch.cuda.get_device_properties(parallel.device).total_memory
-            fits = num_state_bytes <= _DDP_SHARE * memory_bytes
-        several_machines = 1 < machine < world_size and world_size % machine == 0
+        fits = world_size == 1 or num_state_bytes <= _DDP_SHARE * min(memory_bytes for _, memory_bytes in ranks)
+        are_alike = all(of_machine == machine for of_machine, _ in ranks)
+        several_machines = 1 < machine < world_size and world_size % machine == 0 and are_alike
         strategy = "ddp" if fits else "hsdp" if several_machines else "fsdp"
     if strategy == "ddp":
         return Sharing(strategy="none" if world_size == 1 else "ddp")
@@ -86,6 +85,11 @@ def settle_sharing(config: ParallelConfig, parallel: Parallel, num_state_bytes: 
     if world_size % shard_size:
         raise InputError(f"--shard-size {shard_size}: the {world_size} ranks cannot be cut into groups of so many")
     return Sharing(strategy="hsdp", shard_size=shard_size)
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """Of a CUDA device; on the CPU nothing is chosen by it."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
 
 
 def shard_model(model: TrainedModel, sharing: Sharing, parallel: Parallel, precision: Precision) -> None:
