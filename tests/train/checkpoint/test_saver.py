@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mimir_shared import failpoints
 from mimir_shared.errors import InputError, MachineError
@@ -18,6 +19,7 @@ from mimir_train.checkpoint.saver import Kept
 from mimir_train.config import OptimizerConfig
 from mimir_train.learning_rate import rate_factor
 from mimir_train.loop import train
+from mimir_train.parallel.processes import EXCHANGE_TIMEOUT, start_parallel
 from tests.faults.failing_disk import FailingDisk
 from tests.train.caches import metrics_of, tiny_config
 from tests.train.checkpoints import Numbers, assert_is_of_step, saver_of, tensors_of
@@ -220,6 +222,14 @@ def test_a_fault_is_told_once_and_the_next_save_may_succeed(tmp_path: Path) -> N
         assert saver.wait() is None
         saver.start(2)
     assert step_names(tmp_path) == ["step-00000002"]
+
+
+def test_ranks_wait_for_a_slow_save_as_long_as_for_any_exchange(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "cache", tmp_path / "run", parallel__strategy="fsdp")
+    with start_parallel(config), saver_of(tmp_path, Numbers()) as saver:
+        assert saver._group is not None
+        waits = saver._group._get_backend(torch.device("cpu")).options._timeout
+    assert waits == EXCHANGE_TIMEOUT
 
 
 # --- which are kept -----------------------------------------------------------------------------------------------

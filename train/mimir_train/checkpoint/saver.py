@@ -29,7 +29,7 @@ from mimir_train.checkpoint.folder import (
 )
 from mimir_train.checkpoint.parts import CheckpointPart, live_tensors
 from mimir_train.checkpoint.storage import PieceWriter, faults_of_ranks
-from mimir_train.parallel.processes import Parallel, peer_faults
+from mimir_train.parallel.processes import EXCHANGE_TIMEOUT, Parallel, peer_faults
 
 Describe = Callable[[int, Mapping[str, FileDigest]], CheckpointInfo]
 """Makes checkpoint.json of the step and the digests of the files."""
@@ -75,7 +75,8 @@ class CheckpointSaver:
         self._kept = kept
         self._disk = disk or Disk()
         # of its own: two threads that speak through one group would take each other's words
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # and as patient: by itself, it would give up after half an hour on a rank that still writes
+        self._group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT) if dist.is_initialized() else None
         self._stager = _stager(parallel) if background else None
         self._pending: tuple[PieceWriter, Future[object]] | None = None
         self._written: Path | None = None

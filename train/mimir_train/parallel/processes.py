@@ -18,7 +18,7 @@ from mimir_train.config import TrainConfig
 from mimir_train.parallel.launch import Place, find_place
 from mimir_train.parallel.watchdog import Watchdog
 
-_TIMEOUT: Final = timedelta(hours=1)
+EXCHANGE_TIMEOUT: Final = timedelta(hours=1)
 """Of one exchange: as long as the slowest checkpoint may hold the others up."""
 _ARRIVAL_TIMEOUT: Final = timedelta(minutes=10)
 _BACKENDS = ("gloo", "nccl", "connection closed", "connection reset")
@@ -134,7 +134,7 @@ def _join(place: Place, device: torch.device) -> None:
             store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=_TIMEOUT,
+            timeout=EXCHANGE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
 
