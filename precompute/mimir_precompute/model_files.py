@@ -130,6 +130,8 @@ def loading_from(model: ResolvedModel) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise MachineError(f"model folder {model.folder}: not enough device memory to load it ({error})") from error
+        if type(error).__name__ == "AcceleratorError":
+            raise MachineError(f"model folder {model.folder}: the device failed as it was loaded ({error})") from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"model folder {model.folder}: cannot be loaded ({type(error).__name__}: {reason}); "

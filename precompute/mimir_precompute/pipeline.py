@@ -38,6 +38,7 @@ from mimir_precompute.workers.lease import Leases, ShardClaims
 from mimir_precompute.workers.progress import Progress
 from mimir_precompute.workers.seen_lease import HEARTBEAT_S
 from mimir_precompute.workers.together import SharedWork, work_left
+from mimir_shared.device_faults import device_faults
 from mimir_shared.feature_folder import FeatureFolder, FeatureSpec
 from mimir_shared.features import DEPENDENCIES, FEATURES, FeatureName
 from mimir_shared.fingerprint import fingerprint
@@ -267,7 +268,8 @@ def encode_feature(
     )
     shared = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations=generations)
     in_view = progress.feature(feature, shards=len(todo), clips=sum(sizes.values()), shared=shared)
-    with in_view, closing(job.encoders.build(feature)) as encoder:
+    of_device = device_faults(f"{job.storage.root}: {feature}", for_want_of_memory="let no other program use it")
+    with in_view, of_device, closing(job.encoders.build(feature)) as encoder:
         changed = log.feature_started(feature, spec.fingerprint)
         if changed is not None:
             progress.warn(changed)

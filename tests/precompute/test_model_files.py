@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants, errors
 
 from mimir_precompute.config import ModelSource
@@ -193,6 +194,8 @@ def test_a_library_that_cannot_load_gives_one_line(tmp_path: Path) -> None:
         raise ValueError("unknown\n model type x")
     with pytest.raises(MachineError, match="not enough memory"), loading_from(model):
         raise MemoryError("64 GiB")
+    with pytest.raises(MachineError, match="the device failed as it was loaded"), loading_from(model):
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
 
 
 def test_weights_that_would_be_random_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.inspection.status import read_status
@@ -14,13 +15,13 @@ from mimir_precompute.pipeline import EncodeJob, EncodeOutcome, encode_cache
 from mimir_precompute.planning.plan import PlanRequest, update_plan
 from mimir_precompute.provenance import RunLog
 from mimir_precompute.workers.progress import Progress
-from mimir_shared.errors import CacheError, InputError, TooManyQuarantinedError
+from mimir_shared.errors import CacheError, InputError, MachineError, TooManyQuarantinedError
 from mimir_shared.feature_folder import FeatureFolder, find_features
 from mimir_shared.features import FEATURES, FeatureName
 from mimir_shared.plan_file import read_plan
 from mimir_shared.snapshot import list_snapshots, read_index
 from mimir_shared.storage.folder import LocalStorage
-from tests.fake_encoders import FakeEncoders, encode_fake, tree
+from tests.fake_encoders import FakeEncoders, _FakeEncoder, encode_fake, tree
 
 
 def encode(
@@ -284,3 +285,15 @@ def test_logs_say_what_made_each_shard_and_nothing_else_does(toy_clips: Path, tm
     for name, data in tree(tmp_path).items():
         if not name.startswith("plan"):
             assert str(toy_clips).encode() not in data, name
+
+
+@pytest.mark.parametrize("where", ["build", "encode"])
+def test_a_device_that_fails_ends_the_run_as_a_fault_of_the_machine(
+    toy_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(FakeEncoders if where == "build" else _FakeEncoder, where, fail)
+    with pytest.raises(MachineError, match=r"/cache: latents: the device failed \(CUDA error: unspecified launch"):
+        encode(toy_clips, tmp_path / "cache")

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mimir_precompute.encoders.base import Encoded
-from mimir_shared.errors import CacheError, InputError, NonFiniteLossError
+from mimir_shared.errors import CacheError, InputError, MachineError, NonFiniteLossError
 from mimir_shared.fingerprint import differences
 from mimir_train.cache_reader import open_cache
 from mimir_train.checkpoint.folder import read_checkpoint_info
@@ -345,3 +345,15 @@ def test_latents_of_a_known_vae_must_be_scaled_as_it_says(tmp_path: Path) -> Non
 def test_an_initial_transformer_that_is_not_there_is_refused(small_cache: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"--init-from {name}: expected a diffusers folder, a hub id"):
         train(tiny_config(small_cache, tmp_path / "run", model__init_from=name, model__fit_to_cache=False))
+
+
+def test_a_device_without_memory_ends_the_run_as_a_fault_of_the_machine(
+    small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("mimir_train.loop.clip_losses", fail)
+    told = r"the device has not memory enough \(CUDA out of memory\..*\); give a smaller --micro-batch-size"
+    with pytest.raises(MachineError, match=told):
+        train(tiny_config(small_cache, tmp_path / "run"))

@@ -13,11 +13,13 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from mimir_shared.device_faults import device_faults
 from mimir_train.attention_choice import check_attention
 from mimir_train.batch import BatchLoader, TrainingBatch, clips_of_step
 from mimir_train.cache_reader import Cache, newer_plan, open_cache
@@ -50,6 +52,8 @@ from mimir_train.validation.samples import write_validation_samples
 from mimir_train.weights.build_model import build_model
 from mimir_train.weights.ema import EmaWeights
 
+_WITH_LESS_MEMORY: Final = "give a smaller --micro-batch-size, --activation-checkpointing full, or --parallel fsdp"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutcome:
@@ -74,7 +78,8 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
     Raises: InputError and CacheError before anything is built; NonFiniteLossError before the optimizer's step;
         MachineError for faults of disk, device and peers.
     """
-    with start_parallel(config) as parallel, catch_sigterm() as stop:
+    of_device = device_faults("training on this rank", for_want_of_memory=_WITH_LESS_MEMORY)
+    with of_device, start_parallel(config) as parallel, catch_sigterm() as stop:
         console = Console(stderr=True, highlight=False, quiet=not parallel.is_first)
         say = partial(console.print, markup=False, soft_wrap=True)
         check_reporters(config.run.report_to)
