@@ -224,6 +224,19 @@ def test_a_fault_is_told_once_and_the_next_save_may_succeed(tmp_path: Path) -> N
     assert step_names(tmp_path) == ["step-00000002"]
 
 
+def test_the_folders_of_a_first_checkpoint_outlive_a_power_cut(tmp_path: Path) -> None:
+    synced: list[Path] = []
+
+    class Recording(Disk):
+        def sync_directory(self, path: Path) -> None:
+            synced.append(path)
+
+    run = tmp_path / "runs" / "first"
+    with saver_of(run, Numbers(), disk=Recording()) as saver:
+        saver.start(1)
+    assert {run.parent, run, run / "checkpoints"} <= set(synced)
+
+
 def test_ranks_wait_for_a_slow_save_as_long_as_for_any_exchange(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "cache", tmp_path / "run", parallel__strategy="fsdp")
     with start_parallel(config), saver_of(tmp_path, Numbers()) as saver:

@@ -126,7 +126,10 @@ class PieceWriter(StorageWriter):
         with self._disk_faults():
             if self.unfinished.exists():
                 self._disk.remove_tree(self.unfinished)
-            self.final.parent.mkdir(parents=True, exist_ok=True)
+            if not self.final.parent.is_dir():
+                self.final.parent.mkdir(parents=True, exist_ok=True)
+                for folder in list(self.final.parents)[1:3]:  # the run and what it lies in: both may be new
+                    self._disk.sync_directory(folder)
             self._make_folder(self.unfinished)
             failpoint("checkpoint.folder_made")
         return plans
