@@ -172,7 +172,8 @@ def encode_features(
     job: EncodeJob, specs: Mapping[FeatureName, FeatureSpec], progress: Progress, log: RunLog
 ) -> list[FeatureOutcome]:
     """Make one feature after the other: the work of one worker, be it alone or one of many."""
-    with Leases(job.storage.lease_store(), heartbeat_s=job.heartbeat_s) as leases:
+    of_device = device_faults(f"{job.storage.root}: encoding", for_want_of_memory="let no other program use it")
+    with of_device, Leases(job.storage.lease_store(), heartbeat_s=job.heartbeat_s) as leases:
         leases.remove_abandoned()
         if job.remaking is None:
             progress.expect(missing_clips(job, specs))
@@ -268,8 +269,7 @@ def encode_feature(
     )
     shared = SharedWork(storage=job.storage, folder=folder, clips_of_shard=sizes, generations=generations)
     in_view = progress.feature(feature, shards=len(todo), clips=sum(sizes.values()), shared=shared)
-    of_device = device_faults(f"{job.storage.root}: {feature}", for_want_of_memory="let no other program use it")
-    with in_view, of_device, closing(job.encoders.build(feature)) as encoder:
+    with in_view, closing(job.encoders.build(feature)) as encoder:
         changed = log.feature_started(feature, spec.fingerprint)
         if changed is not None:
             progress.warn(changed)

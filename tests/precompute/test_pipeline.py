@@ -295,5 +295,5 @@ def test_a_device_that_fails_ends_the_run_as_a_fault_of_the_machine(
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(FakeEncoders if where == "build" else _FakeEncoder, where, fail)
-    with pytest.raises(MachineError, match=r"/cache: latents: the device failed \(CUDA error: unspecified launch"):
+    with pytest.raises(MachineError, match=r"/cache: encoding: the device failed \(CUDA error: unspecified launch"):
         encode(toy_clips, tmp_path / "cache")
