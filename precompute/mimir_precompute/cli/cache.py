@@ -26,7 +26,8 @@ def status(
     cache: CacheArgument,
     as_json: Json = False,
     watch: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Say it again so often, until Ctrl-C.", show_default=False)
+        float | None,
+        typer.Option(metavar="SECONDS", help="Say it again so often, until Ctrl-C.", min=0.1, show_default=False),
     ] = None,
 ) -> None:
     """Say how far a cache is, who works on it, how fast, and how long still.
@@ -74,9 +75,12 @@ def stats(cache: CacheArgument, as_json: Json = False) -> None:
     """Show mean, spread, least and largest value of every channel, and name shards that are unlike the others."""
     from mimir_precompute.cli.messages import describe_statistics
     from mimir_precompute.inspection.stats import read_statistics
+    from mimir_shared.plan_file import read_plan
     from mimir_shared.storage.open import open_storage
 
-    found = read_statistics(open_storage(cache))
+    storage = open_storage(cache)
+    read_plan(storage)  # a folder without a plan is no cache: of it nothing could be said, which reads like all is well
+    found = read_statistics(storage)
     echo(json.dumps(found.to_json()) if as_json else describe_statistics(cache, found))
 
 

@@ -18,7 +18,7 @@ from mimir_precompute.retry import JobMaker, RetryChoice, RetryOutcome, retry_cl
 from mimir_precompute.termination import working_on
 from mimir_precompute.workers.progress import Progress
 from mimir_shared.features import FeatureName
-from mimir_shared.plan_file import Plan
+from mimir_shared.plan_file import Plan, read_plan
 from mimir_shared.storage.open import open_storage
 from mimir_shared.storage.protocol import Storage
 
@@ -37,6 +37,7 @@ class RemakeRequest:
 
 def run_retry(request: RemakeRequest, choice: RetryChoice) -> RetryOutcome:
     """Try quarantined clips again with the models that were asked for."""
+    read_plan(open_storage(request.cache))  # a folder without a plan is no cache: nothing is made there
     with _opened(request) as (storage, make_job, progress, log):
         return retry_clips(storage, choice, make_job, progress, log, max_quarantined=request.max_quarantined)
 

@@ -80,13 +80,14 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
         (("no plan in this cache",), ("status", tmp_path)),
         *(
             (("no such folder", "mimir-precompute plan"), (command, tmp_path / "none"))
-            for command in ("status", "verify", "gc", "quarantine", "report")
+            for command in ("status", "verify", "gc", "quarantine", "report", "stats", "retry")
         ),
         (("not in the plan", "did you mean"), ("inspect", cache, "0001")),
         (("not finished", "no feature yet"), ("finalize", cache)),
     ]
     for parts, arguments in cases:
         check_error(capfd, 2, *parts, arguments=arguments)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,15 @@ def test_status_says_it_again_until_it_is_interrupted(
     code, out, _ = call(capfd, "status", tmp_path, "--json", "--watch", 5)
     assert (code, pauses) == (0, [5.0] * 3)
     assert [json.loads(line)["clips"] for line in out.splitlines()] == [12] * 3
+
+
+def test_status_is_not_said_again_without_a_pause(
+    capfd: pytest.CaptureFixture[str], toy_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimir_precompute.cli.cache.time.sleep", lambda _: pytest.fail("it went on"))
+    assert call(capfd, "plan", toy_clips, "--cache", tmp_path, "--preset", "tiny")[0] == 0
+    code, _, err = call(capfd, "status", tmp_path, "--watch", 0)
+    assert (code, "--watch" in err, "0.1" in err) == (2, True, True)
 
 
 @pytest.mark.parametrize(
