@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mimir_precompute.cli.messages import describe_status
 from mimir_precompute.clips.clip_list import read_clip_list
 from mimir_precompute.inspection.status import read_status
 from mimir_precompute.inspection.verify import verify_cache
@@ -179,6 +180,11 @@ def test_a_removed_clip_makes_nothing_and_leaves_the_training_set(own_clips: Pat
     assert outcome.snapshot is not None
     assert outcome.snapshot.left_out == {"plan:superseded": 1}
     assert removed not in read_index(LocalStorage(cache), outcome.snapshot)["key"].to_pylist()
+    status = read_status(LocalStorage(cache))
+    assert (status.clips, status.superseded, status.features["latents"][0].ok) == (11, 1, 12)
+    assert "11 clips in 3 shards (1 row more, which later plans replaced or removed), complete" in describe_status(
+        "cache", status
+    )
 
 
 def test_a_clip_removed_before_it_was_encoded_is_not_encoded(own_clips: Path, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def describe_plan(report: PlanReport, *, dry_run: bool = False) -> str:
         for count, name in ((report.new, "new"), (report.changed, "changed"), (report.removed, "removed"))
         if count
     ]
-    missing = f"; {report.missing_files} files are missing" if report.missing_files else ""
+    count = report.missing_files
+    missing = f"; {counted(count, 'file')} {'is' if count == 1 else 'are'} missing" if count else ""
     done = "would be planned" if dry_run else ("planned" if report.written else "nothing to plan")
     return (
         f"plan: {counted(report.clips, 'clip')} ({', '.join(changes) or 'all as planned before'}){missing}; "
@@ -71,9 +72,10 @@ def describe_outcome(cache: str, outcome: EncodeOutcome) -> str:
 
 def describe_status(cache: str, status: CacheStatus) -> str:
     """The table of `status`."""
+    older = f" ({counted(status.superseded, 'row')} more, which later plans replaced or removed)"
     lines = [
-        f"{cache}: {counted(status.clips, 'clip')} in {counted(status.shards, 'shard')}, "
-        f"{'complete' if status.complete else 'unfinished'}"
+        f"{cache}: {counted(status.clips, 'clip')} in {counted(status.shards, 'shard')}"
+        f"{older if status.superseded else ''}, {'complete' if status.complete else 'unfinished'}"
     ]
     lines.append(_status_row("feature", "fingerprint", "shards", "ok", "quarantined", "MB", "clips/s", "left"))
     rows = [(name, one) for name in FEATURES for one in status.features.get(name, [])]
@@ -144,7 +146,7 @@ def describe_statistics(cache: str, found: CacheStatistics) -> str:
     lines = []
     for feature, many in found.features.items():
         for one in many:
-            lines.append(f"{feature} {one.fingerprint}: {one.clips} clips in {one.shards} shards")
+            lines.append(f"{feature} {one.fingerprint}: {counted(one.clips, 'clip')} in {counted(one.shards, 'shard')}")
             for name, tensor in one.tensors.items():
                 lines.append(f"  {name:<24}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}")
                 columns = (tensor.mean, [variance**0.5 for variance in tensor.variance], tensor.min, tensor.max)

@@ -37,6 +37,8 @@ class CacheStatus:
     clips: int
     shards: int
     complete: bool = False
+    superseded: int = 0
+    """Rows of the shards that later plans replaced or removed; what is counted by shard counts them too."""
     features: dict[str, list[FeatureStatus]] = field(default_factory=dict)
     workers: list[SeenWorker] = field(default_factory=list)
     snapshots: list[str] = field(default_factory=list)
@@ -46,6 +48,7 @@ class CacheStatus:
         return {
             "clips": self.clips,
             "shards": self.shards,
+            "superseded": self.superseded,
             "complete": self.complete,
             "features": {name: [asdict(one) for one in many] for name, many in self.features.items()},
             "workers": [
@@ -71,9 +74,9 @@ class CacheStatus:
 def read_status(storage: Storage) -> CacheStatus:
     """Raises InputError where there is no plan, CacheError where a record is damaged."""
     plan = read_plan(storage)
-    status = CacheStatus(clips=plan.num_current, shards=plan.num_shards)
-    status.workers = read_workers(storage)
     planned = sum(file.num_planned for file in plan.files)
+    status = CacheStatus(clips=plan.num_current, shards=plan.num_shards, superseded=planned - plan.num_current)
+    status.workers = read_workers(storage)
     for folder in find_features(storage):
         spec = folder.read_spec()
         one = FeatureStatus(fingerprint=spec.fingerprint[:12], format=spec.format)
