@@ -164,6 +164,10 @@ def _address_problem(source: str) -> str | None:
     return f"{hide_address_secrets(source)!r}: addresses are not read, only files and s3://, gs://, az:// objects"
 
 
+def _columns_of(row: dict[str, Any]) -> str:
+    return f"has {', '.join(sorted(map(str, row))) or 'nothing'}"
+
+
 def _add_row(
     clips: ClipList,
     row: dict[str, Any],
@@ -177,13 +181,13 @@ def _add_row(
     caption = row.get(caption_key)
     wrong = caption_problem(caption)
     if not isinstance(source, str) or not source:
-        wrong = f"no {video_key!r} (has {', '.join(sorted(map(str, row))) or 'nothing'}; see --video-key)"
+        wrong = f"no {video_key!r} ({_columns_of(row)}; see --video-key)"
     elif problem := name_problem(source):
         wrong = f"{video_key!r} {problem}"
     elif problem := _address_problem(source):
         wrong = problem
     elif caption is None and caption_key not in row:
-        wrong = f"no {caption_key!r} (see --caption-key)"
+        wrong = f"no {caption_key!r} ({_columns_of(row)}; see --caption-key)"
     try:
         start_s, end_s = seconds_of(row.get("start_s"), "start_s"), seconds_of(row.get("end_s"), "end_s")
         if end_s is not None and end_s <= (start_s or 0.0):

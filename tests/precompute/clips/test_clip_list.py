@@ -95,7 +95,7 @@ def test_limit_takes_the_first_clips(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"file_name": "a.mp4"}, "line 2: no 'text'"),
+        ({"file_name": "a.mp4"}, "line 2: no 'text' .has file_name; see --caption-key"),
         ({"file_name": "a.mp4", "text": None}, "line 2: no caption"),
         ({"file_name": "a.mp4", "text": " \t"}, "line 2: empty caption"),
         ({"file_name": "a.mp4", "text": 5}, "line 2: the caption is int"),
