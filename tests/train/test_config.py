@@ -87,9 +87,10 @@ def test_flags_override_set_and_set_overrides_the_file(tmp_path: Path) -> None:
         ("model.fuser=mimi", "model.fuser: expected one of baseline, .*mimir, got 'mimi'"),
         ("objective.text_dropout=2", "objective.text_dropout must be from 0 to 1, got 2.0"),
         ("optimizer.schedule=sawtooth", "expected one of constant, cosine, linear, wsd, got 'sawtooth'"),
-        ("run.report_to=tensorboard", "run.report_to: expected a list"),
+        ("run.report_to=tensorboard", r"run.report_to: expected a list, as \[tensorboard\], got 'tensorboard'"),
         ("model.transformer.attention_head_dim=24", "setting model.transformer: num_attention_heads . attention_head"),
         ("optimizer=5", "setting optimizer: expected a section"),
+        ("data=5", "setting data: expected a section, got 5"),  # --cache is laid over it
         ("nothing", "--set nothing: expected section.name=value"),
         ("run.seed={", "--set run.seed={: the value is not YAML"),
     ],
@@ -107,6 +108,12 @@ def test_an_unknown_preset_lists_those_there_are(tmp_path: Path) -> None:
         config_of(tmp_path, preset=None)
 
 
+@pytest.mark.parametrize(("resume", "named"), [("latest", "run"), ("7", "run"), ("typo", "typo")])
+def test_a_run_that_is_not_there_is_named_and_not_its_preset(tmp_path: Path, resume: str, named: str) -> None:
+    with pytest.raises(InputError, match=rf"--resume-from-checkpoint {resume}: \S*{named} holds no checkpoint"):
+        config_of(tmp_path, preset=None, resume=resume)
+
+
 def test_a_config_file_that_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     with pytest.raises(InputError, match=r"settings.yaml: cannot be read"):
@@ -117,8 +124,8 @@ def test_a_config_file_that_is_none_is_refused(tmp_path: Path) -> None:
             config_of(tmp_path, config_file=file)
 
 
-def test_without_a_cache_the_missing_setting_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"setting data.cache is missing"):
+def test_without_a_cache_the_missing_option_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--cache is missing: give the folder of the cache"):
         config_of(tmp_path, flags={})
 
 

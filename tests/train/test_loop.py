@@ -158,8 +158,8 @@ def test_several_buckets_are_trained_and_a_small_one_is_left_out_aloud(
     outcome = train(tiny_config(cache, tmp_path / "run", data__global_batch_size=4, run__max_train_steps=4))
     assert {line["bucket"] for line in metrics_of(tmp_path / "run")} == {VIDEO, IMAGE}
     told = capfd.readouterr().err
-    assert "bucket 5x32x32 is left out: its 3 clips are fewer than a batch of 4" in told
-    assert f"bucket {VIDEO}: 1 clips are left over in every epoch" in told
+    assert "bucket 5x32x32 is left out: it has 3 clips, fewer than a batch of 4" in told
+    assert f"bucket {VIDEO}: 1 clip is left over in every epoch" in told
     assert outcome.checkpoint is not None
     assert set(read_checkpoint_info(outcome.checkpoint).data.buckets) == {VIDEO, IMAGE}
 
@@ -206,6 +206,17 @@ def test_latest_of_a_run_without_checkpoints_begins_anew_aloud(
 ) -> None:
     assert train(tiny_config(small_cache, tmp_path / "run", run__max_train_steps=1), "latest").steps_done == 1
     assert "no checkpoint to go on from; this is a new training" in capfd.readouterr().err
+
+
+def test_a_run_that_goes_on_says_from_which_checkpoint(
+    small_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config(small_cache, tmp_path / "run", run__max_train_steps=1))
+    assert "\ntransformer from scratch" in capfd.readouterr().err
+    train(resumed_config(tmp_path / "run", run__max_train_steps=2), "latest")
+    told = capfd.readouterr().err
+    assert told.startswith(f"goes on from {tmp_path}/run/checkpoints/step-00000001\n")
+    assert "\ntransformer that began from scratch" in told
 
 
 def test_a_run_is_not_written_over(small_cache: Path, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def _convert(wanted: Any, value: object, where: str) -> object:  # Any: a type h
     if origin is tuple:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        raise InputError(f"setting {where}: expected a list, got {value!r}")
+        raise InputError(f"setting {where}: expected a list, as [{value}], got {value!r}")
     if origin is Mapping:
         if isinstance(value, Mapping):
             return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}

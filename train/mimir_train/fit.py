@@ -188,10 +188,11 @@ def _has_known_sizes(config: TrainConfig) -> bool:
     return is_hub_id(config.model.init_from) and config.model.init_from == preset.get("model", {}).get("init_from")
 
 
-def describe_fit(fitted: FittedRun, cache: Cache) -> list[str]:
+def describe_fit(fitted: FittedRun, cache: Cache, *, goes_on: bool = False) -> list[str]:
     """What a person should know before the run: one line each."""
     model = fitted.config.model
     source = "from scratch" if model.init_from == SCRATCH else f"from {model.init_from}"
+    source = f"that began {source}" if goes_on else source
     shards = noun_for(len(fitted.held_out), "shard")
     held_out = f"{shards} {', '.join(map(str, fitted.held_out))} held out for validation"
     more = []

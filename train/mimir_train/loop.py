@@ -97,7 +97,7 @@ def train(config: TrainConfig, resume: str | None = None) -> TrainOutcome:
             cache, order_settings(fitted.config), held_out=fitted.held_out, world_size=parallel.world_size,
             micro_batch_size=data.micro_batch_size,
         )  # fmt: skip
-        say_what_is_trained(console, fitted, cache, order)
+        say_what_is_trained(console, fitted, cache, order, goes_on=run.checkpoint is not None)
 
         trainer = build_trainer(fitted, cache, order, parallel, goes_on=run.checkpoint is not None)
         say(trainer.sharing.describe(parallel.world_size))
@@ -326,10 +326,11 @@ def is_due(steps_done: int, every: int, last_step: int) -> bool:
     return steps_done % every == 0 or steps_done == last_step
 
 
-def say_what_is_trained(console: Console, fitted: FittedRun, cache: Cache, order: ClipOrder) -> None:
+def say_what_is_trained(console: Console, fitted: FittedRun, cache: Cache, order: ClipOrder, *, goes_on: bool) -> None:
     newer = newer_plan(cache)
     notes = [f"note: {newer}"] if newer else []
-    for line in [*notes, *describe_fit(fitted, cache), describe_rates(fitted.config), *order.describe()]:
+    fit_lines = describe_fit(fitted, cache, goes_on=goes_on)
+    for line in [*notes, *fit_lines, describe_rates(fitted.config), *order.describe()]:
         console.print(line, soft_wrap=True)
 
 

@@ -106,6 +106,7 @@ def open_run(config: TrainConfig, resume: str | None, say: Callable[[str], None]
     refuse_other_training(began_with, config, str(run / CONFIG_NAME))
     checkpoint = _checkpoint(run, resume, say, share)
     refuse_other_rates(began_with, config, read_checkpoint_info(checkpoint, parts=()).step, str(checkpoint))
+    say(f"goes on from {checkpoint}")
     return RunFolder(path=path, checkpoint=checkpoint)
 
 

@@ -101,6 +101,22 @@ def test_sigterm_saves_once_and_the_run_goes_on_from_there(
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(len(steps) + 2))
 
 
+def test_ctrl_c_says_that_nothing_was_saved(
+    small_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mimir_train.loop.accumulate_gradients", interrupted)
+    code, out, err = call(capfd, "run", "--cache", small_cache, "--preset", "tiny", "--output-dir", tmp_path / "run",
+                          *SMALL)  # fmt: skip
+    assert (code, out) == (130, "")
+    assert err.endswith(
+        "stopped by SIGINT without saving; --resume-from-checkpoint latest goes on from the last checkpoint "
+        "(SIGTERM saves one first)\n"
+    )
+
+
 def test_a_second_sigterm_ends_a_save_at_once(small_cache: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code = (

@@ -140,9 +140,14 @@ def test_a_batch_larger_than_every_bucket_names_the_sizes() -> None:
 
 
 def test_remainders_and_left_out_buckets_are_told() -> None:
+    assert order_of(bucket("video", [5]), bucket("image", [1]), batch=4).describe() == [
+        "5 clips in 1 bucket, 1 step of 4 an epoch",
+        "bucket video: 1 clip is left over in every epoch, other ones each time",
+        "bucket image is left out: it has 1 clip, fewer than a batch of 4",
+    ]
     lines = order_of(bucket("video", [4, 6]), bucket("image", [3]), batch=4).describe()
     assert any("bucket video: 2 clips are left over" in line for line in lines)
-    assert any("bucket image is left out: its 3 clips are fewer than a batch of 4" in line for line in lines)
+    assert any("bucket image is left out: it has 3 clips, fewer than a batch of 4" in line for line in lines)
 
 
 @pytest.mark.parametrize(("batch", "world", "micro"), [(64, 3, None), (8, 2, 3), (2, 4, None)])

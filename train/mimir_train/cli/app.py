@@ -204,7 +204,14 @@ def run(
     )
     from mimir_train.loop import train  # torch comes with it: settings are checked first
 
-    outcome = train(settings, resume_from_checkpoint)
+    try:
+        outcome = train(settings, resume_from_checkpoint)
+    except KeyboardInterrupt:
+        typer.echo(
+            "stopped by SIGINT without saving; --resume-from-checkpoint latest goes on from the last checkpoint "
+            "(SIGTERM saves one first)", err=True,
+        )  # fmt: skip
+        raise
     if outcome.checkpoint is not None:
         echo(f"{outcome.checkpoint}: after {outcome.steps_done} steps")
     elif outcome.is_first and outcome.steps_trained == 0:

@@ -13,7 +13,7 @@ from mimir_train.order.build import OrderSettings, build_order
 from mimir_train.order.clip_order import ClipOrder
 from mimir_train.order.held_out import held_out_shards
 from mimir_train.presets import LORA_LEARNING_RATES, preset_document
-from mimir_train.run_folder import resumed_settings
+from mimir_train.run_folder import resumed_run, resumed_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def build_config(request: RunRequest) -> TrainConfig:
                 f"--preset {request.preset}: {request.output_dir} began with {began_with.get('preset')}; leave it out"
             )
     elif request.preset is None:
-        raise InputError("--preset is missing: give tiny, cogvideox-2b or cogvideox-5b")
+        raise InputError(describe_missing_preset(request))
     else:
         document = preset_document(request.preset)
     given: Document = {} if request.config_file is None else read_document(request.config_file)
@@ -52,12 +52,39 @@ def build_config(request: RunRequest) -> TrainConfig:
         given = overlay(given, parse_assignment(assignment))
     for name, value in request.flags.items():
         if value is not None:
+            refuse_flat_section(given, name)
             given = overlay(given, nest(name, value))
     if began_with is None:
         document = with_rate_of_adapters(document, given)
     document = overlay(overlay(document, given), nest("run.output_dir", str(request.output_dir)))
     refuse_adapters_without_rank(document)
+    refuse_no_cache(document)
     return train_config(without_fitting(document))
+
+
+def describe_missing_preset(request: RunRequest) -> str:
+    """Who asks for a run to go on has named no preset because there should be a run: say that there is none."""
+    if request.resume is None:
+        return "--preset is missing: give tiny, cogvideox-2b or cogvideox-5b"
+    run = resumed_run(request.output_dir, request.resume)
+    return (
+        f"--resume-from-checkpoint {request.resume}: {run} holds no checkpoint to go on from; give the --output-dir of "
+        f"a run, or --cache and --preset to begin a new one"
+    )
+
+
+def refuse_flat_section(given: Document, name: str) -> None:
+    """A section that --set or the file gave as one value must not vanish under an option of that section."""
+    section = name.partition(".")[0]
+    values = given.get(section)
+    if values is not None and not isinstance(values, dict):
+        raise InputError(f"setting {section}: expected a section, got {values!r}")
+
+
+def refuse_no_cache(document: Document) -> None:
+    data = document.get("data")
+    if isinstance(data, dict) and "cache" not in data:
+        raise InputError("--cache is missing: give the folder of the cache, or s3://bucket/prefix (gs://, az://)")
 
 
 def refuse_adapters_without_rank(document: Document) -> None:

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from mimir_shared.errors import InputError
-from mimir_shared.wording import noun_for
+from mimir_shared.wording import counted
 
 SCHEME: Final = 1
 """Raised when the order changes for equal settings: a checkpoint of another scheme cannot go on."""
@@ -328,15 +328,16 @@ class TrainingOrder:
     def describe(self) -> list[str]:
         clips = sum(bucket.num_clips for bucket in self.buckets)
         lines = [
-            f"{clips} clips in {len(self.buckets)} {noun_for(len(self.buckets), 'bucket')}, "
-            f"{self.steps_per_epoch} steps of {self.global_batch_size} an epoch"
+            f"{counted(clips, 'clip')} in {counted(len(self.buckets), 'bucket')}, "
+            f"{counted(self.steps_per_epoch, 'step')} of {self.global_batch_size} an epoch"
         ]
         for name, count in self.dropped.items():
             if count:
-                lines.append(f"bucket {name}: {count} clips are left over in every epoch, other ones each time")
+                left = f"{counted(count, 'clip')} {'is' if count == 1 else 'are'}"
+                lines.append(f"bucket {name}: {left} left over in every epoch, other ones each time")
         for bucket in self.left_out:
             lines.append(
-                f"bucket {bucket.name} is left out: its {bucket.num_clips} clips are fewer than a batch of "
+                f"bucket {bucket.name} is left out: it has {counted(bucket.num_clips, 'clip')}, fewer than a batch of "
                 f"{self.global_batch_size}"
             )
         return lines
