@@ -196,8 +196,10 @@ def test_a_validation_is_told_whenever_it_is_made() -> None:
     line = ConsoleLine(Console(file=shown, width=160), 0, 10, Clock())
     line.add(step_of(0))
     line.add(step_of(1, **{"validation/loss": 0.25, "validation/loss_t100": 0.125, "validation/loss_t900": 0.375}))
+    line.add(step_of(2, **{"validation/loss": 0.25, "validation/loss_t100": 0.25, "validation/ema_loss": 0.125}))
     line.close()
-    assert "validation after 2 steps: loss 0.2500 (t100 0.1250, t900 0.3750)" in shown.getvalue()
+    assert "validation after 2 steps: loss 0.2500 (t100 0.1250, t900 0.3750)\n" in shown.getvalue()
+    assert "validation after 3 steps: loss 0.2500 (t100 0.2500), of the average 0.1250\n" in shown.getvalue()
 
 
 # --- wandb --------------------------------------------------------------------------------------------------------

@@ -95,6 +95,20 @@ def test_a_figure_that_nobody_told_us_of_has_a_panel_too(tmp_path: Path) -> None
     assert [[panel.kind.title for panel in group.panels] for group in more] == [["spikes"]]
 
 
+def test_validation_of_an_average_stands_beside_that_of_the_weights(tmp_path: Path) -> None:
+    def averaged(step: int) -> Figures:
+        more = {name.replace("/", "/ema_"): value for name, value in losses(step).items() if "validation" in name}
+        return losses(step) | more
+
+    groups = panel_groups(read_runs([write_run(tmp_path / "run", 20, averaged)]), window=1)
+    assert [panel.kind.title for panel in groups[0].panels] == [
+        "Training loss", "Validation loss", "Validation loss of the average", "Validation loss at timestep 100",
+        "Validation loss at timestep 900", "Validation loss of the average at timestep 100",
+        "Validation loss of the average at timestep 900",
+    ]  # fmt: skip
+    assert "more" not in [group.name for group in groups]
+
+
 def test_long_runs_make_light_pages_and_lose_no_spike_of_the_mean(tmp_path: Path) -> None:
     def spiky(step: int) -> Figures:
         return losses(step) | {"loss": 900.0 if step == 7_777 else 1.0}

@@ -103,7 +103,8 @@ class ConsoleLine:
 
 
 def describe_validation(steps_done: int, figures: Figures) -> str:
-    """validation after 500 steps: loss 0.1234 (t100 0.21, t300 0.12, …)"""
+    """validation after 500 steps: loss 0.1234 (t100 0.21, t300 0.12, …), of the average 0.1200"""
     prefix = "validation/loss_"
     parts = [f"{name.removeprefix(prefix)} {value:.4f}" for name, value in figures.items() if name.startswith(prefix)]
-    return f"validation after {steps_done} steps: loss {figures['validation/loss']:.4f} ({', '.join(parts)})"
+    average = f", of the average {figures['validation/ema_loss']:.4f}" if "validation/ema_loss" in figures else ""
+    return f"validation after {steps_done} steps: loss {figures['validation/loss']:.4f} ({', '.join(parts)}){average}"

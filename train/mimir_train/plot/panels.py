@@ -45,6 +45,11 @@ GROUPS: Final = (
                 title="Validation loss",
                 says="On clips that are never trained on, with the same noise each time; mean over five timesteps.",
             ),
+            PanelKind(
+                figure="validation/ema_loss",
+                title="Validation loss of the average",
+                says="Of the first running average of the weights, on the same clips with the same noise.",
+            ),
         ),
     ),
     PanelGroup(
@@ -121,7 +126,7 @@ GROUPS: Final = (
 
 _NOT_SHOWN: Final = frozenset({"step", "epoch", "step_s", "data_wait_s", "slowest_rank", "slowest_rank_s",
                                "fastest_rank_s"})  # fmt: skip
-_QUANTILE = re.compile(r"validation/loss_t(\d+)")
+_QUANTILE = re.compile(r"validation/(ema_)?loss_t(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +207,15 @@ def panel_groups(runs: Sequence[PlottedRun], window: int) -> list[DrawnGroup]:
 
 
 def _with_quantiles(group: PanelGroup, names: Sequence[str]) -> PanelGroup:
-    found = sorted(int(match[1]) for name in names if (match := _QUANTILE.fullmatch(name)))
+    matches = [match for name in names if (match := _QUANTILE.fullmatch(name))]
+    found = sorted((match[1] or "", int(match[2])) for match in matches)  # those of the weights first
     kinds = tuple(
         PanelKind(
-            figure=f"validation/loss_t{timestep}",
-            title=f"Validation loss at timestep {timestep}",
-            says="Timestep 0 is data, 999 is noise." if timestep == found[0] else "",
+            figure=f"validation/{average}loss_t{timestep}",
+            title=f"Validation loss{' of the average' if average else ''} at timestep {timestep}",
+            says="Timestep 0 is data, 999 is noise." if (average, timestep) == found[0] else "",
         )
-        for timestep in found
+        for average, timestep in found
     )
     return PanelGroup(name=group.name, title=group.title, kinds=group.kinds + kinds)
 
