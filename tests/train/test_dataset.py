@@ -148,6 +148,12 @@ def test_a_state_of_another_order_is_refused(cache: Cache, change: dict[str, int
         cache.dataset(8, seed=1).load_state_dict(state)
 
 
+@pytest.mark.parametrize("state", [{}, {"step": 3}, {"snapshot": "0", "order": 3}, {"snapshot": "0", "order": {}}])
+def test_what_is_no_state_is_refused(cache: Cache, state: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"no state of such a dataset: .* got {', '.join(state) or 'nothing'}"):
+        cache.dataset(8).load_state_dict(state)
+
+
 def test_workers_are_refused_aloud(cache: Cache) -> None:
     loader = DataLoader(cache.dataset(8), batch_size=None, num_workers=1)
     with pytest.raises(InputError, match="num_workers=0"):

@@ -69,9 +69,13 @@ class CacheDataset(IterableDataset[Batch]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the last batch of another run of this order, on any number of ranks.
 
-        Raises: InputError naming what differs, where the state is of another cache, seed, batch size or order.
+        Raises: InputError naming what differs, where the state is of another cache, seed, batch size or order, or
+            is none of ours.
         """
-        order = dict(state["order"])
+        order = state.get("order")
+        if "snapshot" not in state or not isinstance(order, Mapping) or "next_step" not in order:
+            got = ", ".join(state) or "nothing"
+            raise InputError(f"this is no state of such a dataset: expected `snapshot` and `order`, got {got}")
         expected = {"snapshot": self._cache.snapshot.digest, **self._order.state(int(order["next_step"]))}
         given = {"snapshot": state["snapshot"], **order}
         different = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))

@@ -112,6 +112,17 @@ def test_a_hundred_flipped_bits_are_refused_and_the_last_good_one_found(run: Pat
     assert find_checkpoint(run) == folder
 
 
+def test_damage_is_told_by_size_or_by_sha256(run: Path) -> None:
+    folder = run / "checkpoints/step-00000004"
+    path = folder / "optimizer/00000.safetensors"
+    size = path.stat().st_size
+    with flipped_byte(path, size // 2):
+        told = check_checkpoint(folder)
+        assert told == f"{path}: its {size} bytes are not those that were written (their sha256 is another)"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert check_checkpoint(folder) == f"{path}: its {size - 1} bytes are not those that were written ({size} bytes)"
+
+
 def test_fifty_cuts_are_refused_and_the_last_good_one_found(run: Path) -> None:
     folder = run / "checkpoints/step-00000004"
     generator = random.Random(1)

@@ -209,7 +209,8 @@ def _check_file(folder: Path, name: str, digest: FileDigest) -> str | None:
     except OSError as fault:
         return f"{folder / name}: {fault.strerror}"
     if found != digest:
-        return f"{folder / name}: its {found.bytes} bytes are not those that were written ({digest.bytes} bytes)"
+        written = f"{digest.bytes} bytes" if found.bytes != digest.bytes else "their sha256 is another"
+        return f"{folder / name}: its {found.bytes} bytes are not those that were written ({written})"
     return None
 
 
