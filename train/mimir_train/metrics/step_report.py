@@ -135,8 +135,8 @@ def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[Seque
     clips_of = [clips[end - len(rank.clip_losses) : end] for rank, end in zip(report.ranks, ends, strict=True)]
     advice = (
         "stopped before the optimizer's step, so the last checkpoint is good. Look at the clips with `mimir-precompute "
-        "inspect CACHE KEY`; if nothing is wrong with them, lower the learning rates in a new run that starts with "
-        "--resume-from-checkpoint at a checkpoint of this one"
+        "inspect CACHE KEY`; if nothing is wrong with them, begin a new run with lower learning rates, in another "
+        "--output-dir: one that goes on keeps its own"
     )
     bad = [
         f"{loss} on rank {number} for clip {clips_of[number][i]}"
