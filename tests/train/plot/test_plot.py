@@ -143,6 +143,14 @@ def test_settings_that_only_one_run_has_are_told(tmp_path: Path) -> None:
     assert ("optimizer.ema", ["–", "0.99"]) in differing_settings(changed)
 
 
+def test_settings_that_are_lists_are_told_whole(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, 2) for name in "abc"]
+    for run, profiles in zip(runs, ([], ["power:0.1"], ["power:0.1", "fixed:0.9"]), strict=True):
+        (run / "config.yaml").write_text(yaml.safe_dump({"ema": {"profiles": profiles}}))
+    expected = [("ema.profiles", ["–", "power:0.1", "power:0.1, fixed:0.9"])]
+    assert differing_settings(read_runs(runs)) == expected
+
+
 def test_what_is_no_run_or_damaged_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing: no metrics.jsonl there; give the folder of a run"):
         plot_runs([tmp_path / "nothing"], tmp_path / "out")

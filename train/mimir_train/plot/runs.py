@@ -85,7 +85,8 @@ def differing_settings(runs: Sequence[PlottedRun]) -> list[tuple[str, list[str]]
     """The settings that are not alike in all runs, with the value of each; where a run writes is not of interest."""
     names: dict[str, None] = {}
     for run in runs[1:]:
-        names |= dict.fromkeys(name for name, _, _ in differences(runs[0].settings, run.settings))
+        changed = (name for name, _, _ in differences(runs[0].settings, run.settings))
+        names |= dict.fromkeys(name.partition("[")[0] for name in changed)  # a list is told whole
     names.pop("run.output_dir", None)
     return [(name, [_setting(run.settings, name) for run in runs]) for name in names]
 
@@ -94,4 +95,6 @@ def _setting(settings: Document, name: str) -> str:
     value: object = settings
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, list):
+        value = ", ".join(map(str, value)) or None
     return "–" if value is None else str(value)
