@@ -32,7 +32,10 @@ with working_on(storage):
         if "busy" in sys.argv:
             threading.Thread(target=keep_making_temporaries, daemon=True).start()
         print(child.pid, flush=True)
-        ctypes.CDLL(None).sleep(600)  # a long call into a library: no handler of Python's runs before it ends
+        # a long call into a library, which no signal ends: no handler of Python's runs before it does
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
 """
 
 
