@@ -87,8 +87,9 @@ def test_a_stopped_rank_is_cut_with_the_stacks_of_all_threads(small_cache: Path,
         assert ranks[0].returncode == 5, told
         assert "rank 0: stacks of all threads, for the ranks hang" in told
         assert "accumulate_gradients" in told or "exchange" in told  # where the main thread waited
-        assert "error: rank 0: no step was done for 2 s (run.watchdog_s): rank 1 in" in told
-        assert "silent for" in told
+        # stopped within a step it is ended before its silence is long enough to be told of
+        assert "error: rank 0: no step was done for 2 s (run.watchdog_s): rank " in told
+        assert "rank 1 in " in told
 
 
 def test_a_death_is_noticed_where_the_others_do_not_exchange_anything(small_cache: Path, tmp_path: Path) -> None:
