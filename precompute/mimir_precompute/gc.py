@@ -136,21 +136,29 @@ class _Collector:
         if garbage.kind == "record":
             return parse_record_name(file) in _pinned_records(self._snapshots, folder)
         shard = _shard_of(file)
-        records = _Records(self._storage, folder, [shard] if shard is not None else [])
+        # by names alone: this is asked for every file that is to go, and a folder may hold thousands of records
+        names = self._storage.list(f"{folder.directory}/manifests")
+        places = [place for place in map(parse_record_name, names) if place is not None and place[0] == shard]
+        records = _Records(self._storage, folder, places)
         return shard in records.damaged or garbage.name in records.files() | _pinned_files(self._snapshots)
 
     def _garbage_of(self, folder: FeatureFolder) -> Iterator[Garbage]:
-        records = _Records(self._storage, folder)
+        found = {
+            place: file
+            for file in self._storage.files(f"{folder.directory}/manifests")
+            if (place := parse_record_name(file.name.rpartition("/")[2])) is not None
+        }
+        records = _Records(self._storage, folder, found)
         pinned = _pinned_records(self._snapshots, folder)
         superseded = {
             (shard, generation)
             for shard, generation in records.superseded()
             if (shard, generation) not in pinned and self._may_touch(folder, shard)
             # a snapshot that was begun before may still come to name the older one
-            if self._is_old(records.found[shard, records.newest[shard]])
+            if self._is_old(found[shard, records.newest[shard]])
         }
         for place in sorted(superseded):
-            yield _garbage("record", records.found[place])
+            yield _garbage("record", found[place])
         named = records.files(leave_out=superseded) | _pinned_files(self._snapshots)
         for file in self._storage.files(f"{folder.directory}/data"):
             owner = _shard_of(file.name.removeprefix(f"{folder.directory}/data/"))
@@ -186,22 +194,21 @@ def _garbage(kind: GarbageKind, file: FoundFile) -> Garbage:
 
 
 class _Records:
-    """The commit records of a feature, or of some of its shards, and the files that each names."""
+    """The commit records of a feature, or some of them, and the files that each names.
 
-    def __init__(self, storage: Storage, folder: FeatureFolder, shards: Iterable[int] | None = None) -> None:
+    Args:
+        places: (shard, generation) of each. Of a shard all that there are, or none.
+    """
+
+    def __init__(self, storage: Storage, folder: FeatureFolder, places: Iterable[tuple[int, int]]) -> None:
         self._storage = storage
         self._folder = folder
-        self.found: dict[tuple[int, int], FoundFile] = {}
         self._files: dict[tuple[int, int], frozenset[str]] = {}
         self.damaged: set[int] = set()
         """Shards of which a record cannot be read: what they name is unknown, so nothing of them is removed."""
         self.newest: dict[int, int] = {}
-        wanted = None if shards is None else set(shards)
-        for file in storage.files(f"{folder.directory}/manifests"):
-            place = parse_record_name(file.name.rpartition("/")[2])
-            if place is not None and (wanted is None or place[0] in wanted):
-                self.found[place] = file
-                self._read(*place)
+        for place in places:
+            self._read(*place)
 
     def _read(self, shard: int, generation: int) -> None:
         self.newest[shard] = max(generation, self.newest.get(shard, -1))

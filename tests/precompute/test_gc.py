@@ -74,6 +74,23 @@ def test_a_cache_without_garbage_stays_as_it_is(storage: Storage) -> None:
     assert contents(storage) == before
 
 
+def test_records_are_looked_at_one_by_one_no_oftener_for_more_garbage(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = find_features(storage)[1]
+    looked: list[str] = []
+    files = type(storage).files
+    monkeypatch.setattr(type(storage), "files", lambda self, where: looked.append(where) or files(self, where))
+    counts = []
+    for orphans in (1, 4):
+        for number in range(orphans):
+            storage.create(f"{folder.directory}/data/000001-{number:08x}.tar", b"of a worker that was killed")
+        looked.clear()
+        assert len(collect_garbage(storage, grace_s=-60).removed) == orphans
+        counts.append(looked.count(f"{folder.directory}/manifests"))
+    assert counts == [1, 1]
+
+
 def test_data_that_no_record_names_go_when_they_are_old(storage: Storage) -> None:
     before = contents(storage)
     folder = find_features(storage)[1]
