@@ -187,6 +187,19 @@ def test_a_removed_clip_makes_nothing_and_leaves_the_training_set(own_clips: Pat
     )
 
 
+def test_status_says_where_all_is_made_and_nothing_can_be_trained_on(own_clips: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    encode(own_clips, cache)
+    storage = LocalStorage(cache)
+    with_snapshot = read_status(storage)
+    assert with_snapshot.to_json()["snapshots"] == with_snapshot.snapshots != []
+    assert "no snapshot" not in describe_status("cache", with_snapshot)
+    shutil.rmtree(cache / "snapshots")
+    assert "no snapshot to train on yet: `mimir-precompute finalize cache`" in describe_status(
+        "cache", read_status(storage)
+    )
+
+
 def test_a_clip_removed_before_it_was_encoded_is_not_encoded(own_clips: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     encode(own_clips, cache, features=("t5",))

@@ -97,6 +97,8 @@ def describe_status(cache: str, status: CacheStatus) -> str:
                 lines.append(f"quarantined in {name}{which}: {count} at {why}")
     if status.snapshots:
         lines.append(f"snapshots: {', '.join(digest[:12] for digest in status.snapshots)} (newest last)")
+    elif status.complete:
+        lines.append(f"no snapshot to train on yet: `mimir-precompute finalize {cache}` writes one, or says why not")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from mimir_precompute.presets import find_preset
 from mimir_shared.command_line import echo
 from mimir_shared.errors import InputError
 
@@ -74,7 +75,9 @@ def _encode_arguments(context: typer.Context, words: list[str]) -> list[str]:
     program = context.find_root().command
     assert isinstance(program, TyperGroup), f"the program has commands, {program}"
     parsed = program.commands["encode"].make_context("encode", list(arguments), parent=context.find_root())
-    clips, cache = parsed.params["clips"], parsed.params["cache"]
+    clips, cache, preset = (parsed.params[name] for name in ("clips", "cache", "preset"))
+    if preset is not None:
+        find_preset(preset)
     if clips is not None:
         raise InputError(
             f"slurm-script: {clips} would be listed by each task again; plan once before, "

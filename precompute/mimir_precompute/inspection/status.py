@@ -32,7 +32,7 @@ class FeatureStatus:
 
 @dataclass(kw_only=True)
 class CacheStatus:
-    """`status --json`, but for what is marked as shown to people only."""
+    """`status --json`."""
 
     clips: int
     shards: int
@@ -42,7 +42,7 @@ class CacheStatus:
     features: dict[str, list[FeatureStatus]] = field(default_factory=dict)
     workers: list[SeenWorker] = field(default_factory=list)
     snapshots: list[str] = field(default_factory=list)
-    """Digests, oldest first; shown to people only."""
+    """Digests, oldest first."""
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -50,6 +50,7 @@ class CacheStatus:
             "shards": self.shards,
             "superseded": self.superseded,
             "complete": self.complete,
+            "snapshots": self.snapshots,
             "features": {name: [asdict(one) for one in many] for name, many in self.features.items()},
             "workers": [
                 {**worker.report.model_dump(exclude={"domain"}), "state": worker.state, "silent_s": worker.silent_s}

@@ -7,6 +7,7 @@ file that is missing, torn or old makes a line of `status` wrong and nothing els
 import contextlib
 import os
 import socket
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ STALE_S: Final = 6 * BEAT_S
 """A worker that has not written for so long is stopped, cut off or dead."""
 FORGOTTEN_S: Final = 24 * 3600.0
 """Files as old as this are removed by the next worker, and shown no more."""
+_REMOVE_TIMEOUT_S: Final = 2.0
+"""Of waiting for a report that is being written: a disk that hangs must not hold up who was told to end."""
 
 WorkerState = Literal["working", "stale", "dead"]
 """stale: not heard of for STALE_S; dead: its process, on this machine, has ended without saying so."""
@@ -75,21 +78,28 @@ class WorkerFile:
         self.name = f"{DIRECTORY}/{name}"
         self._storage = storage
         self._removed = False
+        self._writing = threading.Lock()
 
     def write(self, report: WorkerReport) -> None:
         """Say how far this worker is."""
-        with contextlib.suppress(OSError, MimirError):
+        with self._writing, contextlib.suppress(OSError, MimirError):
             if not self._removed:
                 self._storage.overwrite(self.name, report.model_dump_json().encode() + b"\n")
-            if self._removed:  # meanwhile
+            if self._removed:  # by somebody who has not waited so long
                 self._storage.remove(self.name)
 
     def remove(self) -> None:
-        """Say that this worker has left."""
+        """Say that this worker has left. A process that ends by a signal may be gone when this returns."""
         self._removed = True
-        with contextlib.suppress(OSError, MimirError):
-            self._storage.remove(self.name)
-        self._storage.remove_empty_folder(DIRECTORY)
+        # what is being written would lie there for ever, and its worker would be called dead
+        waited = self._writing.acquire(timeout=_REMOVE_TIMEOUT_S)
+        try:
+            with contextlib.suppress(OSError, MimirError):
+                self._storage.remove(self.name)
+            self._storage.remove_empty_folder(DIRECTORY)
+        finally:
+            if waited:
+                self._writing.release()
 
 
 def read_workers(storage: Storage) -> list[SeenWorker]:

@@ -113,6 +113,9 @@ def test_the_command_checks_the_options_of_encode_before_it_prints(capfd: pytest
     code, out, err = call("--", "encode", "clips", "--cache", "c")
     assert (code, out) == (2, "")
     assert "plan once before, `mimir-precompute plan clips --cache c …`" in err
+    code, out, err = call("--", "--cache", "c", "--preset", "cogvideox-6b")
+    assert (code, out) == (2, "")
+    assert "--preset 'cogvideox-6b': expected one of tiny, cogvideox-2b, cogvideox-5b" in err
     code, out, err = call("--", "--cashe", "c")
     assert (code, out) == (2, "")
     assert "No such option" in err

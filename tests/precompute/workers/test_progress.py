@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +248,25 @@ def test_what_is_no_report_is_passed_over(tmp_path: Path) -> None:
     file.remove()
     file.write(report())
     assert read_workers(storage) == [], "a last beat does not bring back a file that was removed"
+
+
+def test_who_leaves_while_its_report_is_written_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path)
+    file, begun, overwrite = WorkerFile(storage), threading.Event(), storage.overwrite
+
+    def slowly(name: str, data: bytes) -> None:
+        begun.set()
+        time.sleep(0.2)
+        overwrite(name, data)
+
+    monkeypatch.setattr(storage, "overwrite", slowly)
+    writer = threading.Thread(target=file.write, args=(report(),))
+    writer.start()
+    begun.wait()
+    file.remove()
+    assert read_workers(storage) == [], "the process may end here"
+    writer.join()
+    assert read_workers(storage) == []
 
 
 def test_a_disk_that_refuses_the_file_stops_nothing(tmp_path: Path) -> None:
