@@ -43,20 +43,20 @@ def read_prompts(path: Path) -> PromptList:
     """
     readers = {".txt": _read_lines, ".jsonl": _read_json_lines, ".json": _read_vbench}
     if path.suffix.lower() not in readers:
-        raise InputError(f"--prompts {path}: expected a .txt, .jsonl or .json file, got {path.suffix or 'no ending'!r}")
+        raise InputError(f"prompts {path}: expected a .txt, .jsonl or .json file, got {path.suffix or 'no ending'!r}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as fault:
-        raise InputError(f"--prompts {path}: no such file") from fault
+        raise InputError(f"prompts {path}: no such file") from fault
     except UnicodeDecodeError as fault:
-        raise InputError(f"--prompts {path}: not UTF-8 text (byte {fault.start}); save it as UTF-8") from fault
+        raise InputError(f"prompts {path}: not UTF-8 text (byte {fault.start}); save it as UTF-8") from fault
     except OSError as fault:
-        raise InputError(f"--prompts {path}: cannot be read: {fault.strerror or fault}") from fault
+        raise InputError(f"prompts {path}: cannot be read: {fault.strerror or fault}") from fault
     prompts = readers[path.suffix.lower()](text, str(path))
     if not prompts:
-        raise InputError(f"--prompts {path}: no prompt in it; expected at least one")
+        raise InputError(f"prompts {path}: no prompt in it; expected at least one")
     is_vbench = path.suffix.lower() == ".json"
-    return _unique(f"--prompts {path}", prompts, samples_per_prompt=VBENCH_SAMPLES_PER_PROMPT if is_vbench else 1)
+    return _unique(f"prompts {path}", prompts, samples_per_prompt=VBENCH_SAMPLES_PER_PROMPT if is_vbench else 1)
 
 
 def _unique(where: str, prompts: Sequence[str], samples_per_prompt: int) -> PromptList:
@@ -89,7 +89,7 @@ def _read_vbench(text: str, where: str) -> list[str]:
     document = _parse(text, where) if text.strip() else []
     if not isinstance(document, list):
         raise InputError(
-            f"--prompts {where}: expected VBench's list of objects with prompt_en, got {type(document).__name__}; "
+            f"prompts {where}: expected VBench's list of objects with prompt_en, got {type(document).__name__}; "
             f"other prompts belong into a .txt or .jsonl"
         )
     return [_field(entry, ("prompt_en",), f"{where}, entry {number}") for number, entry in enumerate(document)]
@@ -99,14 +99,14 @@ def _parse(text: str, where: str) -> Json:
     try:
         return parse_json(text)
     except json.JSONDecodeError as fault:
-        raise InputError(f"--prompts {where}: not JSON: {fault}") from fault
+        raise InputError(f"prompts {where}: not JSON: {fault}") from fault
 
 
 def _field(entry: Json, names: Sequence[str], where: str) -> str:
     expected = " or ".join(f'"{name}"' for name in names)
     if not isinstance(entry, dict):
-        raise InputError(f"--prompts {where}: expected an object with {expected}, got {type(entry).__name__}")
+        raise InputError(f"prompts {where}: expected an object with {expected}, got {type(entry).__name__}")
     value = next((entry[name] for name in names if name in entry), None)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"--prompts {where}: expected {expected} with a text, got {value!r}")
+        raise InputError(f"prompts {where}: expected {expected} with a text, got {value!r}")
     return value
