@@ -44,9 +44,6 @@ def run_app(app: Callable[[], object]) -> None:
     except MimirError as error:
         sys.stderr.write(f"error: {visible(hide_secrets(str(error)))}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; what was committed stays, the same command goes on from there\n")
-        sys.exit(130)
     except BrokenPipeError:
         # the reader of our output (head, less) left: that is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

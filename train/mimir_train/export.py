@@ -1,6 +1,5 @@
 """Hand a checkpoint on: a folder that diffusers reads, and the token fuser beside it."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -115,8 +114,8 @@ def _model_card(request: ExportRequest, checkpoint: OpenCheckpoint, size: int, f
         "",
         "## Frozen models that it was trained with",
         "",
-        "| feature | model | sha256 of its files |",
-        "|---|---|---|",
+        "| feature | model | file | sha256 |",
+        "|---|---|---|---|",
         *_model_rows(checkpoint),
         "",
         "## Use",
@@ -159,11 +158,11 @@ def _trained_rows(request: ExportRequest, checkpoint: OpenCheckpoint, size: int)
     if lora is None:
         return [f"| transformer | {stored} |"]
     merged = f", merged into the {size:,} of the transformer, weights as {request.dtype}"
-    files = json.dumps({name: file.sha256 for name, file in lora.base.files.items()}, sort_keys=True)
     return [
         f"| adapters | rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
         f"{merged if request.merge_lora else f': {stored}'} |",
-        f"| trained on the transformer | {lora.base.name}, `{files}` |",
+        f"| trained on the transformer | {lora.base.name}, by sha256: "
+        f"{', '.join(f'{name} `{file.sha256}`' for name, file in sorted(lora.base.files.items()))} |",
     ]
 
 
@@ -173,8 +172,9 @@ def _model_rows(checkpoint: OpenCheckpoint) -> list[str]:
         files = identity["model"]
         name = "/".join(part for part in (files["name"], files["subfolder"]) if part)
         commit = f" at {files['commit']}" if files["commit"] else ""
-        digests = json.dumps(files["sha256"], sort_keys=True)
-        rows.append(f"| {feature} | {name}{commit} | `{digests}` |")
+        for number, (file, digest) in enumerate(sorted(files["sha256"].items())):
+            which = f"{feature} | {name}{commit}" if number == 0 else " | "
+            rows.append(f"| {which} | {file} | `{digest}` |")
     return rows
 
 

@@ -172,7 +172,8 @@ def test_plan_reports_in_words_and_as_json(capfd: pytest.CaptureFixture[str], to
     assert "nothing to plan" in call(capfd, *arguments)[1]
     status = json.loads(call(capfd, "status", tmp_path, "--json")[1])
     nobody = {"workers": [], "clips_per_s": None, "eta_s": None}
-    assert status == {"clips": 12, "shards": 3, "complete": False, "features": {}, **nobody}
+    nothing = {"superseded": 0, "complete": False, "snapshots": [], "features": {}}
+    assert status == {"clips": 12, "shards": 3, **nothing, **nobody}
 
 
 def test_a_damaged_plan_ends_with_code_4(capfd: pytest.CaptureFixture[str], toy_clips: Path, tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[Seque
     ends = list(accumulate(len(rank.clip_losses) for rank in report.ranks))
     clips_of = [clips[end - len(rank.clip_losses) : end] for rank, end in zip(report.ranks, ends, strict=True)]
     advice = (
-        "stopped before the optimizer's step, so the last checkpoint is good. Look at the clips with `mimir-precompute "
-        "inspect CACHE KEY`; if nothing is wrong with them, begin a new run with lower learning rates, in another "
+        "stopped before the optimizer's step: no checkpoint holds what would have come of it. Look at the clips with "
+        "`mimir-precompute inspect CACHE KEY`; if nothing is wrong with them, begin a new run with lower learning rates, in another "
         "--output-dir: one that goes on keeps its own"
     )
     bad = [
