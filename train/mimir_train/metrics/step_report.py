@@ -135,8 +135,8 @@ def refuse_non_finite(report: StepReport, step: int, find_clips: Callable[[Seque
     clips_of = [clips[end - len(rank.clip_losses) : end] for rank, end in zip(report.ranks, ends, strict=True)]
     advice = (
         "stopped before the optimizer's step: no checkpoint holds what would have come of it. Look at the clips with "
-        "`mimir-precompute inspect CACHE KEY`; if nothing is wrong with them, begin a new run with lower learning rates, in another "
-        "--output-dir: one that goes on keeps its own"
+        "`mimir-precompute inspect CACHE KEY`; if nothing is wrong with them, begin a new run with lower rates, in "
+        "another --output-dir: one that goes on keeps its own"
     )
     bad = [
         f"{loss} on rank {number} for clip {clips_of[number][i]}"
