@@ -289,7 +289,7 @@ def test_a_non_finite_loss_stops_before_the_optimizer_and_names_the_clip(poisone
         train(config)
     assert e.value.exit_code == 6
     # a run that goes on may not change its rates, so that cannot be the advice
-    assert str(e.value).endswith("lower learning rates, in another --output-dir: one that goes on keeps its own")
+    assert str(e.value).endswith("lower rates, in another --output-dir: one that goes on keeps its own")
     steps = [line["step"] for line in metrics_of(tmp_path / "run")] if (tmp_path / "run/metrics.jsonl").exists() else []
     bad_step = int(str(e.value).split("step ")[1].split(":")[0])
     assert steps == list(range(bad_step))  # nothing was recorded of the step, and nothing saved
