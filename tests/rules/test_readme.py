@@ -100,7 +100,7 @@ def test_every_file_that_the_readme_names_is_there() -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=str)
 def test_every_option_that_a_guide_names_is_there(page: Path) -> None:
-    known = {"--help", "--nproc-per-node"}  # torchrun has the latter
+    known = {"--help", "--nproc-per-node", "--shutdown-timeout"}  # torchrun has the latter two
     for app in (precompute_app, train_app):
         commands = typer.main.get_command(app)
         assert isinstance(commands, TyperGroup)

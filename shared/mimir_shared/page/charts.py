@@ -298,7 +298,8 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
     """
     if len(points) <= most:
         return list(points)
-    stretch = -(-2 * len(points) // (most - 2))
+    num_stretches = (most - 2) // 2  # two points each, and both ends
+    stretch = -(-len(points) // num_stretches)
     kept = {0, len(points) - 1}
     for start in range(0, len(points), stretch):
         indices = range(start, min(start + stretch, len(points)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mimir_shared.page import charts
@@ -121,6 +121,7 @@ def test_a_line_of_one_point_is_a_dot_and_lines_past_the_colours_are_dashed() ->
     window=st.integers(1, 40),
     most=st.integers(4, 60),
 )
+@example(values=[-0.5, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 1.0, 0.0], window=1, most=5)
 def test_means_look_back_alone_and_thinning_loses_no_extreme(values: list[float], window: int, most: int) -> None:
     points = list(enumerate(values))
     for index, mean in smoothed(points, window):
