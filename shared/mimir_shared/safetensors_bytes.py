@@ -28,6 +28,11 @@ _MAX_HEADER_BYTES = 100_000_000
 """The library's own limit: a longer header is refused, whatever its length field says."""
 
 
+def whole_lines(nbytes: int) -> int:
+    """So many bytes, and those up to the next multiple of ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorPlace:
     """Where one tensor lies in a file."""
@@ -63,7 +68,7 @@ def tensors_to_safetensors(tensors: Mapping[str, FeatureTensor], metadata: Mappi
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(_LENGTH.size + len(text)) % ALIGNMENT)
+    text = text.ljust(whole_lines(_LENGTH.size + len(text)) - _LENGTH.size)
     return b"".join([_LENGTH.pack(len(text)), text, *(tensor.array.tobytes() for _, tensor in ordered)])
 
 

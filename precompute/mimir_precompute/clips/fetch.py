@@ -126,9 +126,8 @@ class ClipFetcher:
             done += len(part)
 
     def _place(self, url: str) -> "tuple[BucketObjects, str]":
-        from mimir_shared.storage.bucket_objects import (
-            BucketObjects,  # only those who have clips in a bucket wait for it
-        )
+        # only those who have clips in a bucket wait for these
+        from mimir_shared.storage.bucket_objects import BucketObjects
         from mimir_shared.storage.bucket_requests import RequestLimits
 
         scheme, _, rest = url.partition("://")

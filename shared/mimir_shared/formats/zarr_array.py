@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 
 from mimir_shared.formats.shard_format import HashingFile, NewFile
-from mimir_shared.safetensors_bytes import ALIGNMENT
+from mimir_shared.safetensors_bytes import whole_lines
 
 METADATA: Final = "zarr.json"
 
@@ -156,7 +156,7 @@ class ArrayWriter:
     @property
     def _stride(self) -> int:
         """Bytes from chunk to chunk."""
-        return -(-(self.chunk_bytes + _CHECKSUM_BYTES) // ALIGNMENT) * ALIGNMENT
+        return whole_lines(self.chunk_bytes + _CHECKSUM_BYTES)
 
     def _chunk_table(self) -> bytes:
         """(offset, bytes) of every chunk, as the sharding codec wants them."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from mimir_shared.feature_column import TensorColumn
 from mimir_shared.features import NUMPY_DTYPES, DType, FeatureName
-from mimir_shared.safetensors_bytes import ALIGNMENT
+from mimir_shared.safetensors_bytes import whole_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def _lay_out(request: TensorRequest, clips: list[tuple[TensorColumn, int]], behi
         fit = [length * row_bytes for length in lengths]
         assert nbytes == fit, f"{column.name}: clips of {nbytes} bytes in one batch, expected {fit}"
     stride = max(nbytes) if request.apart else rows * row_bytes
-    offset = _whole_lines(behind)
+    offset = whole_lines(behind)
     return BatchTensor(
         request=request,
         dtype=column.dtype,
@@ -105,8 +105,4 @@ def most_bytes(request: TensorRequest, columns: Sequence[TensorColumn]) -> int:
     """Of a slot, that one clip takes at most for one tensor of a batch: whole cache lines."""
     rows = max(*(int(column.shape[:, 0].max(initial=1)) for column in columns), request.num_rows or 1)
     inner = max(int(column.shape[:, 1:].prod(axis=1, dtype=np.int64).max(initial=1)) for column in columns)
-    return _whole_lines(rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize)
-
-
-def _whole_lines(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return whole_lines(rows * inner * NUMPY_DTYPES[columns[0].dtype].itemsize)
