@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -277,10 +277,16 @@ def judge(trainer: Trainer, validation: ValidationSet, step: int) -> dict[str, f
     """The validation losses of the weights, and of the first average of them where there is one."""
     run_validation = partial(validate, validation, trainer.model, trainer.objective, trainer.parallel, step)
     figures = run_validation()
-    if trainer.averages and trainer.fitted.config.ema.validation:
-        with trainer.averages[0].in_place_of_weights(trainer.model):
+    average = judged_average(trainer)
+    if average is not None:
+        with average.in_place_of_weights(trainer.model):
             figures |= {name.replace("/", "/ema_", 1): loss for name, loss in run_validation().items()}
     return figures
+
+
+def judged_average(trainer: Trainer) -> EmaWeights | None:
+    """The average that validation looks at: the first, unless settings or the lack of any say otherwise."""
+    return trainer.averages[0] if trainer.averages and trainer.fitted.config.ema.validation else None
 
 
 def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolder, steps_done: int) -> None:
@@ -288,13 +294,11 @@ def sample_validation(trainer: Trainer, validation: ValidationSet, run: RunFolde
     limit = trainer.fitted.config.run.validation_samples
     if not limit:
         return
-    judged = trainer.averages[:1] if trainer.fitted.config.ema.validation else ()
-    with ExitStack() as in_place:
-        for average in judged:
-            in_place.enter_context(average.in_place_of_weights(trainer.model))
+    average = judged_average(trainer)
+    with nullcontext() if average is None else average.in_place_of_weights(trainer.model):
         write_validation_samples(
             run.path, validation, trainer.model, trainer.objective, steps_done=steps_done, limit=limit,
-            weights=judged[0].profile.name if judged else RAW, is_first=trainer.parallel.is_first,
+            weights=RAW if average is None else average.profile.name, is_first=trainer.parallel.is_first,
         )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ class ValidationPage:
         self._run = run
         self._num_steps = len(steps)
         self._shown = spread_steps(steps)
-        self._losses = {name: validation_losses(run, name) for name in ("loss", "ema_loss")}
+        self._losses = validation_losses(run)
         self._stories: dict[tuple[int, str], PromptStory] = {}
 
     def add(self, step: int, index: int, prompt: str, frames: np.ndarray, fps: float, weights: str = RAW) -> None:
@@ -65,7 +65,7 @@ class ValidationPage:
             return
         story = self._stories.setdefault((index, prompt), PromptStory(prompt=prompt))
         picture = moving_picture([_made_smaller(frames)], fps)
-        loss = self._losses["loss" if weights == RAW else "ema_loss"].get(step)
+        loss = self._losses.get(step, {}).get("validation/loss" if weights == RAW else "validation/ema_loss")
         story.pictures.append(StepPicture(step=step, picture=picture, weights=weights, loss=loss))
 
     def write(self, path: Path) -> None:
@@ -91,10 +91,14 @@ def spread_steps(steps: Sequence[int], most: int = MOST_STEPS) -> set[int]:
     return {ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, min(most, len(ordered)))}
 
 
-def validation_losses(run: Path, name: str) -> dict[int, float]:
-    """Steps done → validation/NAME then; {} for a run whose metrics are not here."""
-    lines = read_steps(run / METRICS_NAME)
-    return {line["step"] + 1: float(line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line}
+def validation_losses(run: Path) -> dict[int, dict[str, float]]:
+    """Steps done → the validation losses then, by name; {} for a run whose metrics are not here."""
+    names = ("validation/loss", "validation/ema_loss")
+    found = {
+        line["step"] + 1: {name: float(line[name]) for name in names if name in line}
+        for line in read_steps(run / METRICS_NAME)
+    }
+    return {step: losses for step, losses in found.items() if losses}
 
 
 def _made_smaller(frames: np.ndarray) -> np.ndarray:
