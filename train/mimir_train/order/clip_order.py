@@ -181,8 +181,7 @@ class EpochSequence:
 
     def __init__(self, bucket: BucketShards, seed: int, epoch: int, shards_per_block: int) -> None:
         num_shards = len(bucket.shards)
-        key = order_key(seed, epoch, "shards", bucket.name)
-        positions = [permute(index, num_shards, key) for index in range(num_shards)]
+        positions: list[int] = permutation(num_shards, order_key(seed, epoch, "shards", bucket.name)).tolist()
         self._bucket = bucket
         self._fields = (seed, epoch, "block", bucket.name)
         self._blocks = [positions[start : start + shards_per_block] for start in range(0, num_shards, shards_per_block)]
